@@ -1,0 +1,1 @@
+"""Development tools; none of this is in the wheel."""
