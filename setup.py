@@ -51,6 +51,11 @@ class CMakeBuild(build_ext):
                 f"pydistill found no C++ compiler ({compiler!r}): install g++ or clang++, or set "
                 "PYDISTILL_NO_NATIVE=1 to install without native code."
             )
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            raise SystemExit(
+                "pydistill found no Python.h: install Python's headers (python3-dev), or set "
+                "PYDISTILL_NO_NATIVE=1 to install without native code."
+            )
         # Development builds keep their tree, so that Ninja compiles only what changed; a wheel may
         # be built by another environment's CMake and torch, and starts from nothing.
         in_place = bool(self.inplace or self.editable_mode)

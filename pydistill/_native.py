@@ -1,7 +1,7 @@
 """Loads the compiled kernels and remembers why they are missing.
 
-Importing `pydistill._C` registers its kernels with torch's dispatcher; without it every operator
-keeps its reference, so a pure-Python install works and only this module knows the difference.
+Loading `_C.abi3.so` registers its kernels with torch's dispatcher; without it every operator keeps
+its reference, so a pure-Python install works and only this module knows the difference.
 Nothing here raises at import: `reason()` keeps the sentence that an explicit `impl="cpu"` needs.
 
 The instruction set is chosen once, at load: the widest that the machine has, or the one named by
@@ -10,7 +10,6 @@ quiet second choice would be measured or tested in place of the one asked for.
 """
 
 import ctypes
-import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,9 +34,8 @@ class _Library:
             self.reason = f"{path.name} was not built; {how_to_build}"
         else:
             try:
-                importlib.import_module(f"{__package__}.{stem}")
                 self.handle = ctypes.CDLL(str(path))
-            except (ImportError, OSError) as error:
+            except OSError as error:
                 self.reason = f"{path.name} does not load beside torch {torch.__version__}: {error}"
 
 

@@ -1,0 +1,79 @@
+# Everything runs in .venv, made on first use. A stamp is as old as the files it was installed from,
+# so that a second run of any target installs nothing; Ninja recompiles only what changed.
+PYTHON ?= python3
+OP ?=
+NAME ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip --disable-pip-version-check
+EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
+CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: demo test ctest build build-testing bench ladder lint format docs room new-op clean
+.DELETE_ON_ERROR:
+
+demo: build $(VENV)/hf.stamp
+	$(BIN)/pydistill demo
+
+test: ctest $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -q
+
+ctest: build-testing
+	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=ignore
+
+build: $(VENV)/base.stamp
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+build-testing: $(VENV)/base.stamp
+	@PYDISTILL_BUILD_TESTING=1 $(BIN)/python setup.py --quiet build_ext --inplace
+
+bench: build $(VENV)/dev.stamp $(VENV)/bench.stamp
+	$(BIN)/pydistill bench $(OP)
+
+ladder: build $(VENV)/dev.stamp
+	$(BIN)/python -m tools.ladder
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(if $(CXX_FILES),$(BIN)/clang-format --dry-run -Werror $(CXX_FILES))
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(CXX_FILES),$(BIN)/clang-format -i $(CXX_FILES))
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
+
+# Every file of one operator: its stem is the whole file name, give or take the prefix or suffix
+# that says what the file is.
+room:
+	@test -n "$(OP)" || { echo "usage: make room OP=<operator>"; exit 2; }
+	@git ls-files | grep -E '(^|/)((test|bench)_)?$(OP)(-inl|_test)?\.[a-z]+$$|^kernels/configs/$(OP)/' \
+	  || { echo "no operator is named $(OP)"; exit 1; }
+
+new-op:
+	@test -n "$(NAME)" || { echo "usage: make new-op NAME=<operator>"; exit 2; }
+	@$(PYTHON) tools/new_op.py $(NAME)
+
+clean:
+	rm -rf build dist site *.egg-info pydistill/*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The build tools and torch come first: an isolated build of the editable install would fetch them
+# a second time.
+$(VENV)/base.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install 'setuptools>=77' 'cmake>=3.25' ninja pybind11 torch numpy
+	$(EDITABLE) .
+	@touch $@
+
+$(VENV)/%.stamp: $(VENV)/base.stamp
+	$(EDITABLE) '.[$*]'
+	@touch $@
+
+$(VENV)/bench.stamp: benchmarks/requirements.txt
