@@ -38,8 +38,13 @@ class _Library:
             except OSError as error:
                 self.reason = f"{path.name} does not load beside torch {torch.__version__}: {error}"
 
+    def drop(self, reason: str) -> None:
+        self.handle, self.reason = None, reason
 
-_cpu = _Library("_C", "reinstall pydistill-kernels without PYDISTILL_NO_NATIVE, or run `make build`")
+
+_cpu = _Library(
+    "_C", "reinstall pydistill-kernels without PYDISTILL_NO_NATIVE, or run `make build`"
+)
 _cuda = _Library("_cuda", "reinstall pydistill-kernels from source with PYDISTILL_BUILD_CUDA=1")
 
 
@@ -67,9 +72,7 @@ def capability() -> str:
     """The instruction set in use, one of `CAPABILITIES`; "none" without native code."""
     if _cpu.handle is None:
         return "none"
-    get = _cpu.handle.pydistill_cpu_capability
-    get.restype = ctypes.c_char_p
-    name: bytes = get()
+    name: bytes = _cpu.handle.pydistill_cpu_capability()
     return name.decode()
 
 
@@ -81,10 +84,7 @@ def set_capability(name: str) -> None:
     """
     if _cpu.handle is None:
         raise RuntimeError(f"no CPU kernels are loaded: {_cpu.reason}")
-    choose = _cpu.handle.pydistill_set_cpu_capability
-    choose.argtypes = [ctypes.c_char_p]
-    choose.restype = ctypes.c_char_p
-    error: bytes | None = choose(name.encode())
+    error: bytes | None = _cpu.handle.pydistill_set_cpu_capability(name.encode())
     if error is not None:
         raise ValueError(error.decode())
 
@@ -101,7 +101,7 @@ def use_capability(name: str) -> Iterator[None]:
 
 
 def supported_capabilities() -> list[str]:
-    """The instruction sets that this machine can run, narrowest first; empty without native code."""
+    """The instruction sets that this machine runs, narrowest first; none without native code."""
     if not available():
         return []
     supported = []
@@ -116,13 +116,22 @@ def supported_capabilities() -> list[str]:
     return supported
 
 
-def _honour_environment() -> None:
-    wanted = os.environ.get(_ENV)
-    if wanted and available():
+def _prepare() -> None:
+    """Declares the library's C functions and honours the environment's choice."""
+    if _cpu.handle is None:
+        return
+    try:
+        _cpu.handle.pydistill_cpu_capability.restype = ctypes.c_char_p
+        _cpu.handle.pydistill_set_cpu_capability.restype = ctypes.c_char_p
+        _cpu.handle.pydistill_set_cpu_capability.argtypes = [ctypes.c_char_p]
+    except AttributeError as error:
+        _cpu.drop(f"_C.abi3.so is older than this package; run `make build` ({error})")
+        return
+    if wanted := os.environ.get(_ENV):
         try:
             set_capability(wanted)
         except ValueError as error:
-            _cpu.handle, _cpu.reason = None, f"{_ENV}={wanted!r} cannot be honoured: {error}"
+            _cpu.drop(f"{_ENV}={wanted!r} cannot be honoured: {error}")
 
 
-_honour_environment()
+_prepare()

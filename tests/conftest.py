@@ -1,0 +1,51 @@
+"""What every test may rely on: fixed seeds, and no value read before it was written.
+
+`torch.empty` and its kin return NaN (integers: the largest value), so a kernel that leaves a hole
+in its output, or reads one, fails instead of passing on leftover zeros.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pydistill import _native
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return poisoned
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(params=_native.supported_capabilities() or ["none"])
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set of this machine; "none" without native code."""
+    if request.param == "none":
+        yield "none"
+    else:
+        with _native.use_capability(request.param):
+            yield request.param
