@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from tools.ladder.occupancy import Occupancy, occupancy
+from tools.ladder.occupancy import Occupancy, limits, occupancy
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def analyse_cubin(cubin: bytes | str | os.PathLike[str]) -> dict[str, Resources]
 
 def _cuobjdump(option: str, path: Path) -> str:
     command = [find_binary_tool("cuobjdump"), option, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"cuobjdump cannot read {path}: {done.stderr.strip()}")
     return done.stdout
@@ -101,10 +101,12 @@ def _analyse_cubin_file(path: Path) -> dict[str, Resources]:
     arch = re.search(r"code for (sm_\w+)", sass)
     if arch is None:
         raise ValueError(f"{path} holds no SASS")
-    bodies = re.split(r"^\s*Function : (\S+)$", sass, flags=re.M)
+    bodies = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)
     code = dict(zip(bodies[1::2], bodies[2::2], strict=True))
     found: dict[str, Resources] = {}
-    for name, line in re.findall(r"^\s*Function (\S+):\s*\n\s*(REG:.*)$", usage, flags=re.M):
+    for name, line in re.findall(
+        r"^\s*Function (\S+):\s*\n\s*(REG:.*)$", usage, flags=re.MULTILINE
+    ):
         used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
         found[name] = _from_sass(arch[1], name, used, code[name])
     return found
@@ -120,6 +122,8 @@ def _from_sass(arch: str, name: str, used: dict[str, int], code: str) -> Resourc
     def count_wide(prefix: str) -> int:
         return sum(op.startswith(prefix) and wide.search(op) is not None for op in lines)
 
+    # From sm_90 on, the tool adds the driver's reserved kilobyte to any kernel that uses some.
+    reserved = limits(arch).shared_reserved if int(arch[3:].rstrip("af")) >= 90 else 0
     return Resources(
         arch=arch,
         name=name,
@@ -127,7 +131,7 @@ def _from_sass(arch: str, name: str, used: dict[str, int], code: str) -> Resourc
         stack=used["STACK"],
         spill_loads=count("LDL"),
         spill_stores=count("STL"),
-        shared=used["SHARED"],
+        shared=max(used["SHARED"] - reserved, 0),
         loads=count(r"LDG\b"),
         wide_loads=count_wide("LDG."),
         stores=count("STG"),
@@ -135,7 +139,7 @@ def _from_sass(arch: str, name: str, used: dict[str, int], code: str) -> Resourc
         async_copies=count(r"LDGSTS|UBLKCP|UTMALDG"),
         matrix=count(r"[HQIDO]MMA|[HQI]GMMA|UT[CQHOI]\w*MMA"),
         exp2=count(r"MUFU\.EX2"),
-        atomics=count(r"ATOMG?|RED(?!UX)"),
+        atomics=count(r"(ATOM|ATOMG|RED|REDG)\b"),
         barriers=count(r"BAR\b"),
         instructions=len(lines) - count("NOP"),
     )
@@ -150,10 +154,10 @@ def analyse_amdgcn(assembly: str, arch: str = "gfx942") -> Resources:
             raise ValueError(f"assembly has no .{key} in its metadata")
         return int(found[1])
 
-    kernel = re.search(r"^\s+\.name:\s+(\S+)$", assembly, flags=re.M)
+    kernel = re.search(r"^\s+\.name:\s+(\S+)$", assembly, flags=re.MULTILINE)
     if kernel is None:
         raise ValueError("assembly names no kernel in its metadata")
-    ops = re.findall(r"^\t([a-z]\w+)", assembly.split(".amdhsa_kernel")[0], flags=re.M)
+    ops = re.findall(r"^\t([a-z]\w+)", assembly.split(".amdhsa_kernel")[0], flags=re.MULTILINE)
 
     def count(pattern: str) -> int:
         return sum(re.match(pattern, op) is not None for op in ops)
