@@ -9,7 +9,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip --disable-p
 EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: demo test ctest build build-testing bench ladder lint format docs room new-op clean
+.PHONY: demo test ctest sanitize build build-testing bench ladder lint format docs room new-op clean
 .DELETE_ON_ERROR:
 
 demo: build $(VENV)/hf.stamp
@@ -20,6 +20,13 @@ test: ctest $(VENV)/dev.stamp
 
 ctest: build-testing
 	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=ignore
+
+# The C++ tests alone: a sanitized library cannot be loaded by a plain Python.
+sanitize: $(VENV)/base.stamp
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPYDISTILL_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=ignore
 
 build: $(VENV)/base.stamp
 	@$(BIN)/python setup.py --quiet build_ext --inplace
