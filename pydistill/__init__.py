@@ -3,6 +3,19 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pydistill import _native as _native
+from pydistill.ops._conventions import CONVENTIONS as CONVENTIONS
+from pydistill.ops.divergence import (
+    DivergenceStats as DivergenceStats,
+)
+from pydistill.ops.divergence import (
+    divergence as divergence,
+)
+from pydistill.ops.divergence import (
+    divergence_jvp as divergence_jvp,
+)
+from pydistill.ops.divergence import (
+    divergence_with_stats as divergence_with_stats,
+)
 
 try:
     __version__ = version("pydistill-kernels")

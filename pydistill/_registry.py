@@ -1,0 +1,161 @@
+"""Where an operator's kernels are registered, and which of them a call uses.
+
+An operator's kernels are `out` ops that return nothing. Each is defined once, here, with one schema in three
+namespaces, so that torch's own dispatcher holds the backends and `torch.compile` sees every one of them:
+
+| namespace | dispatch key | kernel |
+|---|---|---|
+| `pydistill` | `CompositeExplicitAutograd` | the reference |
+| `pydistill` | `CPU` | C++ (`csrc/ops/<op>.cpp`, present when the native library is loaded) |
+| `pydistill_triton` | `CompositeExplicitAutograd` | Triton (`kernels/<op>.py`, imported at the first call) |
+| `pydistill_cuda` | `CUDA` | CUDA C++ (present when the optional CUDA library is loaded) |
+
+`impl="auto"` is resolved in Python by `resolve`, in the order of `Operator.order`; an explicit `impl` never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from pydistill import _native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+IMPLS = ("auto", *BACKENDS)
+_NAMESPACE = {"reference": "pydistill", "cpu": "pydistill", "triton": "pydistill_triton", "cuda": "pydistill_cuda"}
+_libraries = {ns: torch.library.Library(ns, "FRAGMENT") for ns in set(_NAMESPACE.values())}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public operator: its name (the stem of its room) and the dtypes its kernels take."""
+
+    name: str
+    dtypes: frozenset[torch.dtype]
+    kernels: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend a call will use on a device, and why."""
+
+    backend: str
+    reason: str
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def operator(name: str, dtypes: set[torch.dtype]) -> Operator:
+    """Declares an operator; its kernels follow with `kernel`."""
+    OPERATORS[name] = Operator(name, frozenset(dtypes))
+    return OPERATORS[name]
+
+
+def kernel(op: Operator, name: str, schema: str, reference: Callable[..., None]) -> None:
+    """Defines the `out` op `name` with `schema` in every namespace; `reference` is its meaning."""
+    op.kernels.append(name)
+
+    def launch(*args: Any) -> None:
+        getattr(importlib.import_module(f"pydistill.kernels.{op.name}"), name)(*args)
+
+    for library in _libraries.values():
+        library.define(name + schema)
+    _libraries["pydistill"].impl(name, reference, "CompositeExplicitAutograd")
+    _libraries["pydistill_triton"].impl(name, launch, "CompositeExplicitAutograd")
+    for namespace in _libraries:
+        torch.library.register_fake(f"{namespace}::{name}", _fake_out)
+
+
+def _fake_out(*args: Any) -> None:
+    """Every kernel writes into tensors the caller made, so nothing is to be inferred."""
+
+
+def overload(name: str, backend: str) -> Callable[..., None]:
+    """The bound overload of kernel `name` for `backend`."""
+    found: Callable[..., None] = getattr(getattr(torch.ops, _NAMESPACE[backend]), name).default
+    return found
+
+
+def has_kernel(name: str, backend: str) -> bool:
+    """Whether `backend` has an implementation of kernel `name` in this process."""
+    if backend == "cpu":
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill::{name}", "CPU")
+    if backend == "cuda":
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill_cuda::{name}", "CUDA")
+    if backend == "triton":
+        return importlib.util.find_spec("triton") is not None
+    return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
+    """The backend for a call of operator `name` on tensors of `dtype` on device type `device`.
+
+    Raises `ValueError` for an unknown `impl`, or for an explicit one that cannot serve this tensor here: an explicit
+    choice never falls back. `auto` warns once when it lands on the reference although a kernel exists for the dtype.
+    """
+    op = OPERATORS[name]
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not known; use one of {', '.join(IMPLS)}.")
+    if impl == "auto":
+        choice = explain(op, device, dtype)
+        if choice.backend == "reference" and dtype in op.dtypes:
+            _warn_once(f"pydistill.{op.name} uses the slow reference: {choice.reason}")
+        return choice.backend
+    reason = _unavailable(op, impl, device, dtype)
+    if reason:
+        raise ValueError(f"impl={impl!r} cannot run {op.name} here: {reason}")
+    return impl
+
+
+def explain(op: Operator, device: str, dtype: torch.dtype = torch.float32) -> Choice:
+    """What `impl="auto"` picks for tensors of `dtype` on `device`, and why."""
+    order = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device, ())
+    reasons = []
+    for backend in order:
+        reason = _unavailable(op, backend, device, dtype)
+        if reason is None:
+            return Choice(backend, _capability() if backend == "cpu" else "kernel found")
+        reasons.append(f"{backend}: {reason}")
+    return Choice("reference", "; ".join(reasons) or f"no kernels are written for device type {device!r}.")
+
+
+def _capability() -> str:
+    return f"native library loaded, capability {_native.capability()}"
+
+
+def _unavailable(op: Operator, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve a tensor of `dtype` on `device`; None if it can."""
+    if backend == "reference":
+        return None
+    if dtype not in op.dtypes:
+        names = ", ".join(sorted(str(d).removeprefix("torch.") for d in op.dtypes))
+        return f"dtype {dtype} has no kernel; cast to one of {names}, or pass impl='reference'."
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
+    if device != wanted:
+        return f"the tensors are on device type {device!r}; move them to {wanted!r} or choose another impl."
+    if not has_kernel(op.kernels[0], backend):
+        if backend == "cpu":
+            return _native.reason() or "the native library has no such kernel; rebuild it (pip install -e .)."
+        if backend == "triton":
+            return "the package triton is not installed; install pydistill-kernels[triton]."
+        return "the CUDA library is not built; build with PYDISTILL_BUILD_CUDA=1."
+    return None
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)

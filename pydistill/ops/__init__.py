@@ -1,0 +1,1 @@
+"""One module per operator: formula, public function, reference, schema, autograd."""

@@ -1,0 +1,1 @@
+"""The definitions: one module per operator, plain differentiable torch that every kernel is checked against."""
