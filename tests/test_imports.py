@@ -64,9 +64,12 @@ def fault(importer: str, imported: Import) -> str | None:
     if part == "ops":
         if within(name, "pydistill.kernels"):
             return None if imported.lazy else "an op imports its kernel inside a function"
-        allowed = ("torch", "numpy", "pydistill._registry", "pydistill._native", "pydistill.ops")
+        allowed = ("torch", "pydistill._registry", "pydistill.ops", "pydistill.reference")
         if top not in STDLIB and not within(name, *allowed):
-            return "an op imports the registry, other ops and, lazily, its kernel"
+            return "an op imports the registry, references, other ops and, lazily, its kernel"
+    if part == "reference" and top not in STDLIB:
+        if not within(name, "torch", "pydistill.reference"):
+            return "a reference imports torch only"
     if part in MODEL_LEVEL:
         private = ("pydistill.kernels", "pydistill._registry", "pydistill._native")
         if within(name, *private, "pydistill.integrations", "pydistill.testing"):
@@ -105,10 +108,14 @@ def test_every_import_is_allowed() -> None:
         ("pydistill.ops.a", "def f():\n    import triton", False),
         ("pydistill.ops.a", "import transformers", False),
         ("pydistill.ops.a", "from pydistill import losses", False),
+        ("pydistill.ops.a", "from pydistill import _registry", True),
+        ("pydistill.ops.a", "from pydistill.reference.a import a_reference", True),
+        ("pydistill.reference.a", "import torch", True),
+        ("pydistill.reference.a", "from pydistill.ops import _rows", False),
         ("pydistill.kernels.a", "from pydistill.kernels._common import math", True),
         ("pydistill.kernels.a", "from ._common import math", True),
         ("pydistill.kernels.a", "from . import b", False),
-        ("pydistill.kernels.a", "from pydistill.ops.a import a_reference", False),
+        ("pydistill.kernels.a", "from pydistill.reference.a import a_reference", False),
         ("pydistill.losses", "from pydistill.ops import a", True),
         ("pydistill.losses", "def f():\n    import pydistill.kernels.a", False),
         ("pydistill.mixers.gla", "from pydistill.integrations import transformers", False),
