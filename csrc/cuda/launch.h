@@ -1,0 +1,55 @@
+// One way to launch a kernel, in two worlds: on a GPU under nvcc, on the CPU under -DCUSIM, where
+// the same source is compiled as C++ and each CUDA thread is a fiber (tools/ladder/cuda/cusim.h).
+//
+//   return PYD_LAUNCH((row_logsumexp<float, 256>), rows, 256, shared_bytes, stream, x, out, n);
+//
+// evaluates to 0 or the CUDA error code. The parentheses keep template commas from the
+// preprocessor. PYD_DYNAMIC_SHARED(float, tile) declares `float* tile`, the launch's dynamic shared
+// memory; more than 48 KiB of it is asked for here.
+#pragma once
+
+#include <cstddef>
+
+// A launcher is torch-free: raw pointers, sizes, a stream last; it returns a CUDA error code.
+#define PYD_API extern "C" __attribute__((visibility("default")))
+
+#ifdef CUSIM
+
+#include "cusim.h"
+
+#define PYD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream),                                      \
+   ::cusim::launch_kernel(#kernel, kernel, dim3(grid), dim3(block), shared_bytes, __VA_ARGS__))
+#define PYD_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::cusim::dynamic_shared())
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace pydistill {
+
+template <class... Params, class... Args>
+int launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                  void* stream, Args... args) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
+      static_cast<Params>(args)...);
+  return static_cast<int>(cudaGetLastError());
+}
+
+}  // namespace pydistill
+
+#define PYD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ::pydistill::launch_kernel(kernel, dim3(grid), dim3(block), shared_bytes, stream, __VA_ARGS__)
+#define PYD_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char pyd_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(pyd_dynamic_shared)
+
+#endif
