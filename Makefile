@@ -15,7 +15,7 @@ CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu'
 demo: build $(VENV)/hf.stamp $(VENV)/model.stamp
 	$(BIN)/pydistill demo
 
-test: ctest $(VENV)/dev.stamp
+test: ctest $(VENV)/triton.stamp
 	$(BIN)/python -m pytest -q
 
 ctest: build-testing
@@ -34,13 +34,13 @@ build: $(VENV)/base.stamp
 build-testing: $(VENV)/base.stamp
 	@PYDISTILL_BUILD_TESTING=1 $(BIN)/python setup.py --quiet build_ext --inplace
 
-bench: build $(VENV)/dev.stamp $(VENV)/bench.stamp
+bench: build $(VENV)/bench.stamp
 	$(BIN)/pydistill bench $(OP)
 
-ladder: build $(VENV)/dev.stamp
+ladder: build $(VENV)/triton.stamp
 	$(BIN)/python -m tools.ladder
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/triton.stamp
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -89,3 +89,9 @@ $(VENV)/model.stamp: constraints.txt | $(VENV)/base.stamp
 	@touch $@
 
 $(VENV)/bench.stamp: benchmarks/requirements.txt
+
+# The ladder's table belongs to one compiler, and a CUDA build of torch insists on another, so this
+# goes past the resolver, and again after every other install.
+$(VENV)/triton.stamp: $(VENV)/dev.stamp $(filter-out $(VENV)/triton.stamp,$(wildcard $(VENV)/*.stamp))
+	$(PIP) install --quiet --no-deps triton==3.9.0
+	@touch $@

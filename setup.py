@@ -75,16 +75,7 @@ class CMakeBuild(build_ext):
         if testing:
             definitions["PYBIND11_INCLUDE_DIR"] = package_dir("pybind11") / "include"
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        configure = [
-            tool("cmake"),
-            "--log-level=NOTICE",
-            "-S",
-            str(ROOT),
-            "-B",
-            str(build),
-            "-G",
-            "Ninja",
-        ]
+        configure = [tool("cmake"), "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         if not in_place:
             configure.append("--fresh")
         configure += [f"-D{name}={value}" for name, value in definitions.items()]
