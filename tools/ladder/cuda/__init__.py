@@ -1,4 +1,4 @@
-"""The CUDA half of the ladder: run the source on the CPU (`sim`), compile it for every GPU (`nvcc`).
+"""The CUDA half of the ladder: run the source on the CPU (`sim`), compile it for GPUs (`nvcc`).
 
 `sim` compiles a `.cu` file as C++ with the headers of this folder, threads as fibers, and reports
 wrong collectives, out-of-bounds accesses, data races and the bytes moved. `nvcc` compiles the same

@@ -219,8 +219,10 @@ void meet_warp(const char* kind, unsigned mask, uint64_t bits, Site site) {
   Fiber* lanes = &sim.fibers[self->warp * 32];
   const int count = std::min(32, static_cast<int>(sim.fibers.size()) - self->warp * 32);
   const auto bad = [&](int lane, const char* what) {
-    fail("collective", format_thread(*self) + " with mask " + std::to_string(mask) + ": lane " +
-                           std::to_string(lane) + " " + what);
+    char hex[16];
+    snprintf(hex, sizeof hex, "0x%08x", mask);
+    fail("collective", std::string(kind) + " (" + format_site(site) + ") with mask " + hex +
+                           ": lane " + std::to_string(lane) + " " + what);
   };
   bool complete = true;
   for (int lane = 0; lane < 32; ++lane) {
