@@ -55,10 +55,10 @@ docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
 
 # Every file of one operator: its stem is the whole file name, give or take the prefix or suffix
-# that says what the file is.
+# that says which part it is. A looser pattern would mix attention with attention_transfer.
 room:
 	@test -n "$(OP)" || { echo "usage: make room OP=<operator>"; exit 2; }
-	@git ls-files | grep -E '(^|/)((test|bench)_)?$(OP)(-inl|_test)?\.[a-z]+$$|^kernels/configs/$(OP)/' \
+	@git ls-files | grep -E '(^|/)((test|bench)_)?$(OP)(_(fwd|bwd|jvp|terms|test))?(-inl)?\.[a-z]+$$|^kernels/configs/$(OP)/' \
 	  || { echo "no operator is named $(OP)"; exit 1; }
 
 new-op:
