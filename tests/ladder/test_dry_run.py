@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +45,17 @@ def gather_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     for _ in range(4):
         y = tl.sort(x * y)
     tl.store(y_ptr + i, x - y)
+
+
+@triton.jit
+def matmul_kernel(a_ptr, b_ptr, c_ptr, k, M: tl.constexpr, K: tl.constexpr):
+    i, j = tl.arange(0, M), tl.arange(0, K)
+    total = tl.zeros([M, M], tl.float32)
+    for start in range(0, k, K):
+        a = tl.load(a_ptr + i[:, None] * k + start + j[None, :])
+        b = tl.load(b_ptr + (start + j[:, None]) * M + i[None, :])
+        total = tl.dot(a, b, total)
+    tl.store(c_ptr + i[:, None] * M + i[None, :], total)
 
 
 def exp2(n: int = 4096, skew: int = 0, block: int = 1024) -> None:
@@ -113,11 +123,19 @@ class TestDryRun:
         assert report.resources.stack > 0
 
     def test_too_much_shared_memory_raises(self) -> None:
-        with dry_run("sm_90"), pytest.raises(OutOfResources, match="shared memory"):
-            dot(512)
-        with dry_run("sm_100") as log:
-            dot(64)
-        assert log.kernels
+        """Six pairs of 64 x 128 bfloat16 tiles take 192 KiB: sm_80 has 163, sm_90 has 227."""
+
+        def launch() -> None:
+            a = torch.empty(64 * 4096, dtype=torch.bfloat16)
+            c = torch.empty(64 * 64)
+            matmul_kernel[(1,)](a, a, c, 4096, M=64, K=128, num_stages=7)
+
+        with dry_run("sm_80"), pytest.raises(OutOfResources, match="shared memory"):
+            launch()
+        with dry_run("sm_90") as log:
+            launch()
+        assert 166912 < log["matmul_kernel"].shared <= 232448
+        assert log["matmul_kernel"].occupancy.limiter == "shared"
 
     def test_binaries_of_targets_are_not_confused(self) -> None:
         reports = compile_for(exp2, ["sm_80", "sm_90", "gfx942", "sm_80"])
@@ -243,7 +261,7 @@ class TestResources:
     def test_unreadable_cubin_is_named(self, tmp_path: Path) -> None:
         path = tmp_path / "not.cubin"
         path.write_bytes(b"nothing")
-        with pytest.raises(ValueError, match="not.cubin"):
+        with pytest.raises(ValueError, match=r"not\.cubin"):
             analyse_cubin(path)
 
 
@@ -267,7 +285,7 @@ int main() {
     p.sharedMemPerBlock = 49152;
     p.sharedMemPerMultiprocessor = per_sm;
     p.numSms = 1;
-    p.sharedMemPerBlockOptin = optin + reserved;
+    p.sharedMemPerBlockOptin = optin + reserved;  // checked against the size with the reserve
     p.reservedSharedMemPerBlock = reserved;
     cudaOccFuncAttributes a;
     a.maxThreadsPerBlock = 1024;
@@ -286,24 +304,25 @@ int main() {
 """
 
 
-class TestOccupancy:
-    @pytest.fixture(scope="class")
-    def program(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-        folders = [
-            Path(triton.__file__).parent / "backends/nvidia/include",
-            Path(find_binary_tool("cuobjdump")).parents[1] / "include",
-        ]
-        found = [f for f in folders if (f / "cuda_occupancy.h").exists()]
-        if not found or shutil.which("g++") is None:
-            pytest.skip("needs cuda_occupancy.h (Triton's or the toolkit's) and g++")
-        folder = tmp_path_factory.mktemp("occupancy")
-        (folder / "main.cpp").write_text(OCCUPANCY_PROGRAM)
-        command = ["g++", "-O1", f"-I{found[0]}", "main.cpp", "-o", "main"]
-        subprocess.run(command, cwd=folder, check=True)
-        yield folder / "main"
+@pytest.fixture(scope="module")
+def occupancy_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folders = [
+        Path(triton.__file__).parent / "backends/nvidia/include",
+        Path(find_binary_tool("cuobjdump")).parents[1] / "include",
+    ]
+    found = [f for f in folders if (f / "cuda_occupancy.h").exists()]
+    if not found or shutil.which("g++") is None:
+        pytest.skip("needs cuda_occupancy.h (Triton's or the toolkit's) and g++")
+    folder = tmp_path_factory.mktemp("occupancy")
+    (folder / "main.cpp").write_text(OCCUPANCY_PROGRAM)
+    command = ["g++", "-O1", f"-I{found[0]}", "main.cpp", "-o", "main"]
+    subprocess.run(command, cwd=folder, check=True)
+    return folder / "main"
 
+
+class TestOccupancy:
     @pytest.mark.parametrize("arch", [a for a in LIMITS if a.startswith("sm_")])
-    def test_agrees_with_nvidia(self, program: Path, arch: str) -> None:
+    def test_agrees_with_nvidia(self, occupancy_program: Path, arch: str) -> None:
         device = limits(arch)
         major, minor = divmod(int(arch[3:]), 10)
         cases = [
@@ -321,7 +340,9 @@ class TestOccupancy:
             device.shared_reserved,
         ]
         lines = "".join(f"{' '.join(map(str, (*fixed, *case)))}\n" for case in cases)
-        done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [occupancy_program], input=lines, capture_output=True, text=True, check=True
+        )
         expected = [max(int(line), 0) for line in done.stdout.split()]
         ours = [occupancy(arch, threads=t, registers=r, shared=s).blocks for t, r, s in cases]
         assert ours == expected
