@@ -21,7 +21,6 @@ __global__ void __launch_bounds__(kBlock)
     float values[kTile];
     load_tile(row, start, columns, wide, -INFINITY, values);
     for (int i = 0; i < kTile; ++i) {
-      if (start + i >= columns) break;
       state = push(state, values[i]);
       best = MergeArgMax{}(best, {values[i], static_cast<int>(start + i)});
     }

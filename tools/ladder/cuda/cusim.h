@@ -42,7 +42,8 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// The alignment leaves a gap behind most variables, where an index past the end is caught.
+// The alignment leaves a gap behind every variable that does not fill it, where an index past the
+// end is caught; one that runs into the next variable is not.
 #define __shared__ static __thread __attribute__((aligned(128)))
 
 namespace cusim {

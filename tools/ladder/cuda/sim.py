@@ -176,7 +176,7 @@ def _shared_variables(library: Path) -> list[tuple[str, int, int]]:
     return [
         (row[7], int(row[1], 16), int(row[2], 0))
         for row in rows
-        if len(row) == 8 and row[3] == "TLS" and row[6] != "UND"
+        if len(row) == 8 and row[3] == "TLS" and not row[7].endswith("::shared_anchor")
     ]
 
 
