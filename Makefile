@@ -94,6 +94,7 @@ $(VENV)/bench.stamp: $(VENV)/base.stamp benchmarks/requirements.txt
 
 # The ladder's table belongs to one compiler, and a CUDA build of torch insists on another, so this
 # goes past the resolver, and again after every other install.
-$(VENV)/triton.stamp: $(VENV)/dev.stamp $(filter-out $(VENV)/triton.stamp,$(wildcard $(VENV)/*.stamp))
-	$(PIP) install --quiet --no-deps triton==3.9.0
+OTHER_STAMPS = $(filter-out $(VENV)/triton.stamp,$(wildcard $(VENV)/*.stamp))
+$(VENV)/triton.stamp: tools/ladder/requirements.txt $(VENV)/dev.stamp $(OTHER_STAMPS)
+	$(PIP) install --quiet --no-deps -r $<
 	@touch $@
