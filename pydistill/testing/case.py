@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """`errors`: the largest error of each output over what is allowed there (inf: misplaced NaN or infinity)."""
+    """`errors`: each output's largest error over what is allowed (inf: a misplaced NaN or inf)."""
 
     case: str
     impl: str
@@ -96,8 +96,9 @@ def check(
 ) -> Report:
     """Runs `case` on a backend and compares every output with the fp64 truth.
 
-    `want` is `expected(case, seed)`, where the caller has it already. The plain reference, run in fp32, is allowed ten times the kernels' error and at least 1e-5 of
-    each output's size: it cancels where the kernels are made not to.
+    `want` is `expected(case, seed)`, where the caller has it already. The plain reference, run in
+    fp32, is allowed ten times the kernels' error and at least 1e-5 of each output's size: it
+    cancels where the kernels are made not to.
     """
     from pydistill.testing.cases import module
 

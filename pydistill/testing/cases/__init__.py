@@ -15,7 +15,7 @@ def names() -> list[str]:
 
 
 def module(op: str) -> Any:
-    """The table's module: `CASES`, `run(case, inputs, impl, seed)` and `truth(case, inputs, seed)`."""
+    """The table's module: `CASES`, `run(case, inputs, impl, seed)`, `truth(case, inputs, seed)`."""
     if op not in names():
         raise ValueError(f"op={op!r} has no table of cases; use one of {', '.join(names())}.")
     return importlib.import_module(f"{__name__}.{op}")

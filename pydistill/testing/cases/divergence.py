@@ -2,13 +2,12 @@
 
 `run` gives, for one case and backend, the loss, the gradient under a random upstream (one number a
 row where the reduction leaves rows), the tangent along a random direction, the row statistics and,
-where the case allows it, the gradient of `overwrite_logits`. `truth` is the reference in fp64 on the
-same, already rounded, numbers.
+where the case allows it, the gradient of `overwrite_logits`. `truth` is the reference in fp64 on
+the same, already rounded, numbers.
 
 The gradient's size in a row is its largest element plus that of k t2 q, since a gradient is a
-difference of terms the size of k t2 q and cancels where the rows are close. For tvd it is the sign
-of p - q that a token's gradient hangs on: where the two are within 1e-5 of each other but not equal,
-either sign is right.
+difference of terms the size of k t2 q and cancels where the rows are close. tvd's gradient hangs on
+the sign of p - q: where the two are within 1e-5 of each other but not equal, either sign is right.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from pydistill.testing.case import Case, Expected, Tolerance
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
+_RANGES = {"temperature": (0.5, 3.0), "weight": (0.0, 2.0)}
 _FLOPS_A_TOKEN = {"forward": 14, "backward": 10, "overwrite": 22}  # an exp or a log counts as one
 
 # rtol holds for D itself; atol is what a sum over tokens may lose where D is close to 0.
@@ -107,7 +107,7 @@ def _case(
     kind: str = "forward_kl",
     *,
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32),
-    v_t: int | None = None,
+    teacher: int | None = None,
     pattern: str = "normal",
     layout: str = "contiguous",
     teacher_layout: str | None = None,
@@ -120,7 +120,7 @@ def _case(
     gate: Case | None = None,
     **options: Any,
 ) -> Case:
-    v_t = v_t or v_s
+    v_t = teacher or v_s
     options = {"kind": kind, "reduction": "none", **options}
     dtype_name = "-".join(dict.fromkeys(_SHORT[d] for d in dtypes))
     case_id = f"{kind}-{name}-{dtype_name}-{rows}x{v_s}"
@@ -143,8 +143,8 @@ def _case(
                 shape = (rows - 1,)
         size = torch.Size(shape).numel()
         for parameter in per_row:
-            low, high = {"temperature": (0.5, 3.0), "weight": (0.0, 2.0)}.get(parameter, (0.1, 0.9))
-            value = low + (high - low) * torch.rand(size, generator=g)
+            least, most = _RANGES.get(parameter, (0.1, 0.9))
+            value = least + (most - least) * torch.rand(size, generator=g)
             if parameter == "weight" and size > 2:
                 value[2] = 0.0
             kwargs[parameter] = value.reshape(shape).to(device)
@@ -184,10 +184,14 @@ def _table() -> list[Case]:
     half = {FP32: (FP32, FP32), BF16: (BF16, BF16), FP16: (FP16, FP16)}
     on_ladder = ("ladder",)
     cases: list[Case] = []
-    add = lambda *a, **k: cases.append(_case(*a, **k))  # noqa: E731
+
+    def add(*arguments: Any, **more: Any) -> None:
+        cases.append(_case(*arguments, **more))
 
     for kind in KINDS:
-        wide = ("beta",) if kind == "jsd" else ("alpha",) if kind.startswith("skew") else ()
+        wide: tuple[str, ...] = (
+            ("beta",) if kind == "jsd" else ("alpha",) if kind.startswith("skew") else ()
+        )
         wide = ("alpha", "beta") if kind == "alpha_beta" else wide
         finite = kind not in ("chi2", "alpha_beta")  # these overflow fp32 where d is large
         add("plain", 5, 1000, kind, marks=on_ladder)
@@ -224,7 +228,7 @@ def _table() -> list[Case]:
             add("near_equal", 8, vocab, kind, pattern="near_equal", tolerances=exact)
             add("offset", 4, vocab, kind, pattern="offset", tolerances=exact)
         add("near_equal_t", 8, 1000, kind, pattern="near_equal", temperature=0.5, tolerances=exact)
-    for kind in ("jsd", "tvd", "hellinger", "chi2", "skew_forward_kl", "adaptive_kl", "todi"):
+    for kind in ("jsd", "hellinger", "chi2", "skew_forward_kl", "adaptive_kl", "todi"):
         add("near_equal", 8, 1000, kind, pattern="near_equal")
         add("offset", 4, 1000, kind, pattern="offset")
 
@@ -254,9 +258,9 @@ def _table() -> list[Case]:
         add("pairs_few", 6, 130, kind, index="few", dtypes=half[BF16])
         add("pairs_once", 6, 130, kind, index="once", reduction="mean", marks=on_ladder)
         add("pairs_labels", 6, 130, kind, index="any", labelled=True, label_weight=0.5, z_loss=0.01)
-        add("min_vocab_s", 5, 130, kind, v_t=101, vocab="min", marks=on_ladder)
-        add("min_vocab_t", 5, 101, kind, v_t=130, vocab="min", index="any")
-        add("min_vocab_labels", 5, 130, kind, v_t=101, vocab="min", labelled=True,
+        add("min_vocab_s", 5, 130, kind, teacher=101, vocab="min", marks=on_ladder)
+        add("min_vocab_t", 5, 101, kind, teacher=130, vocab="min", index="any")
+        add("min_vocab_labels", 5, 130, kind, teacher=101, vocab="min", labelled=True,
             label_weight=1.0, reduction="mean")  # fmt: skip
         add("ignore_index", 9, 50, kind, labelled=True, label_weight=0.0, ignore_index=-1)
         add("z_loss_alone", 5, 50, kind, z_loss=0.1)
@@ -341,14 +345,12 @@ def truth(case: Case, inputs: dict[str, Any], seed: int) -> dict[str, Expected]:
     size = (size * share[:, None]).nan_to_num(0, 0, 0)
     each = upstream.abs().reshape(-1, 1) * size
     if case.kind == "tvd":
-        each = each + upstream.abs().reshape(-1, 1) * share[:, None] * _near_ties(
-            pair.detach(), one_row
-        )
+        ties = _near_ties(k * pair.detach(), k * one_row["teacher_logits"])
+        each = each + upstream.abs().reshape(-1, 1) * share[:, None] * ties
     grad_size = torch.zeros(flat.shape[0], each.shape[1], dtype=torch.float64)
     grad_size.index_add_(0, rows_s, each)
-    tangent_size = (
-        (size.squeeze(-1) * share.sign()) * tangent.abs().amax() if size.numel() else size[:, 0]
-    )
+    longest = tangent.abs().amax() if tangent.numel() else 0
+    tangent_size = size.squeeze(-1) * longest
     row_size = (t2 * weight).squeeze(-1).expand(row_loss.shape)
     if case.options["reduction"] == "none":
         along, loss_size = along.reshape(loss.shape), row_size.reshape(loss.shape)
@@ -378,11 +380,11 @@ def _directions(case: Case, student: Tensor, shape: torch.Size, seed: int) -> tu
 
 def _shares(exact: dict[str, Any], row_loss: Tensor) -> Tensor:
     """How much each row's weighted loss counts in the result: 1, or 1 / the mean's denominator."""
-    ones = torch.ones_like(row_loss.detach())
+    ones: Tensor = torch.ones_like(row_loss.detach())
     if exact["reduction"] != "mean":
         return ones
     if exact.get("denominator") is not None:
-        return ones / exact["denominator"]
+        return ones / float(exact["denominator"])
     counted = exact["weight"].reshape(-1) if "weight" in exact else ones
     if "mask" in exact:
         counted = torch.where(exact["mask"].reshape(-1), counted, 0)
@@ -393,10 +395,9 @@ def _shares(exact: dict[str, Any], row_loss: Tensor) -> Tensor:
     return ones / total if total else 0 * ones
 
 
-def _near_ties(student: Tensor, one_row: dict[str, Any]) -> Tensor:
+def _near_ties(student: Tensor, teacher: Tensor) -> Tensor:
     """The size that lets a token of tvd take either sign: large where p is nearly q."""
-    d = torch.log_softmax(one_row["teacher_logits"], -1) - torch.log_softmax(student, -1)
-    q = torch.softmax(student, -1)
+    q, d = student.softmax(-1), teacher.log_softmax(-1) - student.log_softmax(-1)
     return torch.where((d != 0) & (d.abs() < 1e-5), q / TOLERANCES["grad"].atol, 0)
 
 
@@ -409,7 +410,7 @@ def _can_overwrite(inputs: dict[str, Any], student: Tensor) -> bool:
 
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype.is_floating_point
+    return isinstance(value, Tensor) and bool(value.dtype.is_floating_point)
 
 
 def _is_row_tensor(value: Any) -> bool:
