@@ -54,12 +54,14 @@ format: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
 
-# Every file of one operator: its stem is the whole file name, give or take the prefix or suffix
-# that says which part it is. A looser pattern would mix attention with attention_transfer.
+# Every file of one operator: its stem opens the file's name, after test_ or bench_ and before the
+# name of a part; attention_transfer, an operator of its own, is no part of attention.
+STEM = (^|/)((test|bench)_)?
 room:
 	@test -n "$(OP)" || { echo "usage: make room OP=<operator>"; exit 2; }
-	@git ls-files | grep -E '(^|/)((test|bench)_)?$(OP)(_(fwd|bwd|jvp|terms|test))?(-inl)?\.[a-z]+$$|^kernels/configs/$(OP)/' \
-	  || { echo "no operator is named $(OP)"; exit 1; }
+	@others=$$(git ls-files 'pydistill/ops/$(OP)_*.py' | sed 's|.*/||; s|\.py$$||' | paste -sd '|' -); \
+	git ls-files | grep -E '$(STEM)$(OP)([-_][a-z_-]+)?\.[a-z]+$$|^kernels/configs/$(OP)/' \
+	  | grep -vE "$(STEM)($${others:-/})[-_.]" || { echo "no operator is named $(OP)"; exit 1; }
 
 new-op:
 	@test -n "$(NAME)" || { echo "usage: make new-op NAME=<operator>"; exit 2; }
