@@ -1,0 +1,580 @@
+// Divergence of two rows of logits: forward (loss and what backward needs), backward, and both at
+// once over the student's own memory. docs/ops/divergence.md has the maths.
+//
+// A row pair is read from memory once. Each step is a sweep over blocks of kBlock columns that stay
+// in the second-level cache between sweeps, so a sweep costs arithmetic and not bandwidth:
+//
+//   KlSweep      normalisers and both KLs about an estimate of C (forward_kl, reverse_kl,
+//   adaptive_kl) NormSweep    normalisers (the other kinds), then ValueSweep: sums of value and q h
+//   StatsSweep   entropies, acceptance and arg-max agreement, if asked for
+//   HeadShare    adaptive_kl's weight
+//   GradBlock    the gradient of one block, from the normalisers
+//
+// Sums are fp32 within a block and fp64 across blocks.
+#include "cpu/divergence_terms-inl.h"
+#include "cpu/rows-inl.h"
+
+namespace pd::PD_NAMESPACE {
+namespace {
+
+constexpr float kHuge = 1e30f;
+
+// What is known of a row pair after its first sweeps.
+struct Pair {
+  float k;  // 1 / T
+  float max_s = -INFINITY, max_t = -INFINITY;
+  double z_s = 0, z_t = 0;  // sums of exp(k (x - max))
+  double kl_pq = 0, kl_qp = 0;
+  float low = INFINITY, high = -INFINITY;  // extremes of t - s: infinite if one side alone is -inf
+
+  double LogRatio() const {  // C = lse(k t) - lse(k s)
+    return double(k) * (double(max_t) - max_s) + std::log(z_t) - std::log(z_s);
+  }
+  bool Defined() const { return z_s > 0 && z_t > 0; }  // false for NaN as well
+  bool NoQ() const { return high == INFINITY; }
+  bool NoP() const { return low == -INFINITY; }
+};
+
+// Lifts a running maximum to cover a block; returns the factor for sums taken about the old one.
+PD_INLINE double Lift(float block_max, float k, float& running) {
+  if (!(block_max > running)) return 1.0;
+  const double factor = running == -INFINITY ? 0.0 : std::exp(double(k) * (running - block_max));
+  running = block_max;
+  return factor;
+}
+
+PD_INLINE float FiniteMax(float x) { return x == -INFINITY ? 0.0f : x; }
+
+void NormSweep(Row& s, Row& t, int64_t vocab, Pair& pair) {
+  const V k = Set(pair.k);
+  V low = Set(INFINITY), high = Set(-INFINITY);
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
+    const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
+    pair.z_s *= Lift(BlockMax(bs, padded), pair.k, pair.max_s);
+    pair.z_t *= Lift(BlockMax(bt, padded), pair.k, pair.max_t);
+    const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
+    V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
+    for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+      for (int u = 0; u < 2; ++u) {
+        const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
+        z_s[u] = z_s[u] + Exp(k * (xs - max_s));
+        z_t[u] = z_t[u] + Exp(k * (xt - max_t));
+        const V gap = xt - xs;  // NaN where both are -inf, and passed over
+        low = Min(gap, low);
+        high = Max(gap, high);
+      }
+    }
+    pair.z_s += Sum(z_s[0] + z_s[1]);
+    pair.z_t += Sum(z_t[0] + z_t[1]);
+  }
+  pair.low = MinOf(low);
+  pair.high = MaxOf(high);
+}
+
+// phi(x) = x + e^-x - 1 in fp64, for scalars.
+inline double Phi(double x) {
+  if (std::fabs(x) > 0.03) return x + std::expm1(-x);
+  return x * x * (0.5 - x * (1.0 / 6 - x * (1.0 / 24 - x * (1.0 / 120 - x / 720))));
+}
+
+// An estimate of C from a prefix of the row; 0 where it has none.
+inline float EstimateLogRatio(const Row& s_row, const Row& t_row, int64_t vocab, float k) {
+  Row s{s_row.data, s_row.dtype, {}}, t{t_row.data, t_row.dtype, {}};
+  Pair pair{.k = k};
+  NormSweep(s, t, vocab < 256 ? vocab : 256, pair);
+  const double c = pair.LogRatio();
+  return std::isfinite(c) ? static_cast<float>(c) : 0.0f;
+}
+
+// One sweep for the normalisers and KL(p || q) and, or, KL(q || p), about `centre`. With `exact`,
+// t - s keeps its rounding error, which matters where C is large and the KL small.
+// Returns false if the result may have lost digits and deserves a second sweep about the right C.
+template <bool kPq, bool kQp, bool kExact>
+bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
+  const V k = Set(pair.k), c0 = Set(centre), half = Set(0.5f), one = Set(1.0f);
+  V low = Set(INFINITY), high = Set(-INFINITY);
+  double a_pq = 0, b_pq = 0, a_qp = 0, b_qp = 0;  // sums of e phi(d0) and e d0
+  bool clamped = false;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
+    const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
+    const double lift_s = Lift(BlockMax(bs, padded), pair.k, pair.max_s);
+    const double lift_t = Lift(BlockMax(bt, padded), pair.k, pair.max_t);
+    pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
+    pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
+    const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
+    // e_t exp(-d0) = e_s ratio, and e_s exp(d0) = e_t / ratio
+    const double log_ratio =
+        double(pair.k) * (FiniteMax(pair.max_s) - double(FiniteMax(pair.max_t))) + centre;
+    const bool inside = std::fabs(log_ratio) < 60.0;
+    clamped |= !inside;
+    const V ratio = Set(inside ? static_cast<float>(std::exp(log_ratio)) : 1.0f);
+    const V inverse = Set(inside ? static_cast<float>(std::exp(-log_ratio)) : 1.0f);
+    V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
+    V sum_a[2] = {Set(0), Set(0)}, sum_b[2] = {Set(0), Set(0)};
+    V back_a[2] = {Set(0), Set(0)}, back_b[2] = {Set(0), Set(0)};
+    for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+      for (int u = 0; u < 2; ++u) {
+        const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
+        const V e_s = Exp(k * (xs - max_s)), e_t = Exp(k * (xt - max_t));
+        const V gap = xt - xs;
+        low = Min(gap, low);
+        high = Max(gap, high);
+        V d = Fms(k, gap, c0);
+        if constexpr (kExact) {  // gap + error is t - s exactly
+          const V back = gap - xt;
+          const V error = (xt - (gap - back)) - (xs + back);
+          d = Select(Lt(Abs(error), one), Fma(k, error, d), d);  // NaN beside infinities
+        }
+        d = Min(Set(kHuge), Max(d, Set(-kHuge)));  // NaN (both -inf) becomes -kHuge
+        const M small = Lt(Abs(d), half);
+        if constexpr (kPq) {
+          const V phi = Select(small, e_t * PhiSmall(d), Fma(e_t, d - one, e_s * ratio));
+          sum_a[u] = sum_a[u] + phi;
+          sum_b[u] = Fma(e_t, d, sum_b[u]);
+        }
+        if constexpr (kQp) {
+          const V phi = Select(small, e_s * PhiSmall(Neg(d)), Fnma(e_s, d + one, e_t * inverse));
+          back_a[u] = back_a[u] + phi;
+          back_b[u] = Fnma(e_s, d, back_b[u]);
+        }
+        z_s[u] = z_s[u] + e_s;
+        z_t[u] = z_t[u] + e_t;
+      }
+    }
+    pair.z_s += Sum(z_s[0] + z_s[1]);
+    pair.z_t += Sum(z_t[0] + z_t[1]);
+    if constexpr (kPq) a_pq += Sum(sum_a[0] + sum_a[1]), b_pq += Sum(sum_b[0] + sum_b[1]);
+    if constexpr (kQp) a_qp += Sum(back_a[0] + back_a[1]), b_qp += Sum(back_b[0] + back_b[1]);
+  }
+  pair.low = MinOf(low);
+  pair.high = MaxOf(high);
+
+  bool kept = true;
+  const double off = pair.LogRatio() - centre;  // C - C0
+  const auto finish = [&](double a, double b, double z, double shift) {
+    a /= z, b /= z;
+    const double lost = Phi(-std::log1p(a - b)), fine = a - lost;
+    const bool usable = !clamped && std::isfinite(fine);
+    const double kl = usable ? fine : b - shift;
+    const double rounding = 0.06 * centre;  // how far t - s is off, against sqrt(2 KL), for 1e-6
+    kept &= usable && lost <= 8 * kl && (kExact || 0.5 * rounding * rounding <= kl);
+    return kl > 0 ? kl : (kl <= 0 ? 0.0 : kl);
+  };
+  if constexpr (kPq) pair.kl_pq = finish(a_pq, b_pq, pair.z_t, off);
+  if constexpr (kQp) pair.kl_qp = finish(a_qp, b_qp, pair.z_s, -off);
+  return kept;
+}
+
+template <bool kPq, bool kQp>
+void Kl(Row& s, Row& t, int64_t vocab, Pair& pair) {
+  const float k = pair.k, first = EstimateLogRatio(s, t, vocab, k);
+  if (KlSweep<kPq, kQp, false>(s, t, vocab, first, pair)) return;
+  const double c = pair.LogRatio();
+  if (!std::isfinite(c) || (kPq && pair.NoQ()) || (kQp && pair.NoP())) return;
+  pair = Pair{.k = k};
+  KlSweep<kPq, kQp, true>(s, t, vocab, static_cast<float>(c), pair);
+}
+
+// The row constants of a second sweep or a backward.
+struct Constants {
+  V k, max_s, max_t, inverse_z_s, inverse_z_t, log_z_s, log_z_t, log_ratio;
+  Shape shape;
+
+  PD_INLINE Tokens At(V s, V t) const {
+    const V xs = k * (s - max_s), xt = k * (t - max_t);
+    const V d = Fms(k, t - s, log_ratio);
+    return {Exp(xt) * inverse_z_t, Exp(xs) * inverse_z_s, xt - log_z_t, xs - log_z_s,
+            Min(Set(kHuge), Max(d, Set(-kHuge)))};
+  }
+};
+
+Constants MakeConstants(float k, float max_s, double log_z_s, float max_t, double log_z_t,
+                        const Shape& shape) {
+  const double c = double(k) * (double(max_t) - max_s) + log_z_t - log_z_s;
+  return {Set(k),
+          Set(max_s),
+          Set(max_t),
+          Set(static_cast<float>(std::exp(-log_z_s))),
+          Set(static_cast<float>(std::exp(-log_z_t))),
+          Set(static_cast<float>(log_z_s)),
+          Set(static_cast<float>(log_z_t)),
+          Set(static_cast<float>(c)),
+          shape};
+}
+
+template <Kind kind>
+void ValueSweep(Row& s, Row& t, int64_t vocab, const Constants& at, double& value, double& centre) {
+  value = centre = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
+    const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
+    V sum_value = Set(0), sum_qh = Set(0);
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const Term term = TermOf<kind>(at.shape, at.At(Load(bs + i), Load(bt + i)));
+      sum_value = sum_value + term.value;
+      sum_qh = sum_qh + term.qh;
+    }
+    value += Sum(sum_value);
+    centre += Sum(sum_qh);
+  }
+}
+
+void StatsSweep(Row& s, Row& t, int64_t vocab, const Constants& at, float* stats) {
+  double entropy_s = 0, entropy_t = 0, overlap = 0;
+  int64_t arg_s = -1, arg_t = -1;
+  const V zero = Set(0.0f);
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
+    const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
+    V h_s = zero, h_t = zero, both = zero;
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const V xs = Load(bs + i), xt = Load(bt + i);
+      const Tokens x = at.At(xs, xt);
+      h_s = Fnma(x.q, Max(x.log_q, Set(-kHuge)), h_s);
+      h_t = Fnma(x.p, Max(x.log_p, Set(-kHuge)), h_t);
+      both = both + Min(x.p, x.q);
+      if (arg_s < 0 && Bits(Eq(xs, at.max_s))) {
+        arg_s = begin + i + __builtin_ctz(Bits(Eq(xs, at.max_s)));
+      }
+      if (arg_t < 0 && Bits(Eq(xt, at.max_t))) {
+        arg_t = begin + i + __builtin_ctz(Bits(Eq(xt, at.max_t)));
+      }
+    }
+    entropy_s += Sum(h_s);
+    entropy_t += Sum(h_t);
+    overlap += Sum(both);
+  }
+  stats[kEntropyS] = static_cast<float>(entropy_s);
+  stats[kEntropyT] = static_cast<float>(entropy_t);
+  stats[kAcceptance] = static_cast<float>(overlap);
+  stats[kAgree] = arg_s == arg_t ? 1.0f : 0.0f;
+}
+
+// log sum exp(s - max s): the normaliser at temperature 1.
+double LogZ1(Row& s, int64_t vocab, float max_s) {
+  double z = 0;
+  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
+    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
+    const float* bs = s.Block(begin, n);
+    V sum = Set(0);
+    for (int64_t i = 0; i < padded; i += kLanes) sum = sum + Exp(Load(bs + i) - Set(max_s));
+    z += Sum(sum);
+  }
+  return std::log(z);
+}
+
+#include "cpu/divergence_head-inl.h"
+
+inline void Fill(float* x, int n, float value) {
+  if (x == nullptr) return;
+  for (int i = 0; i < n; ++i) x[i] = value;
+}
+
+inline const char* RowAt(const Logits& logits, int64_t row) {
+  const int64_t size = logits.dtype == DType::kF32 ? 4 : 2;
+  return static_cast<const char*>(logits.data) + row * logits.stride * size;
+}
+
+// A pair's parameters; false if they are out of range.
+inline bool ReadParams(const DivergenceArgs& a, int64_t pair, float& k, float& t2, Shape& shape) {
+  const float* p = a.params == nullptr ? nullptr : a.params + 3 * pair;
+  const float temperature = p ? p[0] : a.temperature;
+  shape = {p ? p[1] : a.alpha, p ? p[2] : a.beta, 0.0f};
+  k = static_cast<float>(1.0 / temperature);
+  t2 = a.scale_t2 ? temperature * temperature : 1.0f;
+  const auto inside = [](float x) { return x > 0.0f && x < 1.0f; };
+  if (!(temperature > 0.0f) || std::isinf(temperature)) return false;
+  if (a.kind == Kind::kJsd) return inside(shape.beta);
+  if (a.kind == Kind::kSkewForwardKl || a.kind == Kind::kSkewReverseKl) return inside(shape.alpha);
+  return std::isfinite(shape.alpha) && std::isfinite(shape.beta);
+}
+
+inline bool Infinite(Kind kind, const Pair& pair, const Shape& shape) {
+  const float a = shape.alpha, b = shape.beta, s = a + b;
+  switch (kind) {
+    case Kind::kForwardKl:
+    case Kind::kChi2:
+      return pair.NoQ();
+    case Kind::kReverseKl:
+      return pair.NoP();
+    case Kind::kAdaptiveKl:
+    case Kind::kTodi:
+      return pair.NoQ() || pair.NoP();
+    case Kind::kAlphaBeta:
+      return (pair.NoQ() && (b <= 0 || s <= 0)) || (pair.NoP() && (a <= 0 || s <= 0));
+    default:
+      return false;
+  }
+}
+
+// One pair: `saved` is always written.
+template <Kind kind>
+void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratch) {
+  float* stats = a.stats == nullptr ? nullptr : a.stats + r * kStats;
+  if (a.counted != nullptr && !a.counted[r]) {
+    a.loss[r] = 0.0f;
+    Fill(saved, kSaved, 0.0f);
+    Fill(stats, kStats, NAN);
+    return;
+  }
+  a.loss[r] = NAN;
+  Fill(saved, kSaved, NAN);
+  Fill(stats, kStats, NAN);
+  const int64_t row_s = a.student_rows ? a.student_rows[r] : r;
+  const int64_t row_t = a.teacher_rows ? a.teacher_rows[r] : r;
+  const int64_t label = a.labels ? a.labels[r] : 0;
+  float t2;
+  Shape shape;
+  Pair pair{};
+  if (row_s < 0 || row_s >= a.student.rows || row_t < 0 || row_t >= a.teacher.rows || label < 0 ||
+      label >= a.vocab || !ReadParams(a, r, pair.k, t2, shape)) {
+    return;
+  }
+  Row s{RowAt(a.student, row_s), a.student.dtype, {}},
+      t{RowAt(a.teacher, row_t), a.teacher.dtype, {}};
+  constexpr bool kPq = kind == Kind::kForwardKl || kind == Kind::kAdaptiveKl;
+  constexpr bool kQp = kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
+  if constexpr (kPq || kQp) {
+    Kl<kPq, kQp>(s, t, a.vocab, pair);
+  } else {
+    NormSweep(s, t, a.vocab, pair);
+  }
+  if (!pair.Defined()) return;
+
+  const double log_z_s = std::log(pair.z_s), log_z_t = std::log(pair.z_t);
+  const Constants at = MakeConstants(pair.k, pair.max_s, log_z_s, pair.max_t, log_z_t, shape);
+  double value, centre = 0, head = 0;
+  if constexpr (kind == Kind::kForwardKl) {
+    value = pair.kl_pq;
+  } else if constexpr (kind == Kind::kReverseKl) {
+    value = centre = pair.kl_qp;
+  } else if constexpr (kind == Kind::kAdaptiveKl) {
+    head = HeadShare(s, t, a.vocab, at, scratch);
+    value = head * pair.kl_pq + (1 - head) * pair.kl_qp;
+    centre = pair.kl_qp;
+  } else {
+    ValueSweep<kind>(s, t, a.vocab, at, value, centre);
+  }
+  if (Infinite(kind, pair, shape)) {
+    value = INFINITY;
+    centre = NAN;
+  }
+
+  double loss = value * t2, log_z_1 = 0;
+  if (a.labels != nullptr || a.z_loss != 0.0f) {
+    log_z_1 = pair.k == 1.0f ? log_z_s : LogZ1(s, a.vocab, pair.max_s);
+    const double lse = double(pair.max_s) + log_z_1;
+    double hard = 0;
+    if (a.labels != nullptr) {
+      const int64_t begin = label / kBlock * kBlock;
+      const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock;
+      hard = log_z_1 - (double(s.Block(begin, n)[label - begin]) - pair.max_s);
+    }
+    loss = (1 - double(a.label_weight)) * loss + a.label_weight * hard + a.z_loss * lse * lse;
+  }
+  a.loss[r] = static_cast<float>(loss);
+  const double kept[kSaved] = {pair.max_s, log_z_s, pair.max_t, log_z_t,
+                               value,      centre,  log_z_1,    head};
+  for (int i = 0; i < kSaved; ++i) saved[i] = static_cast<float>(kept[i]);
+  if (stats != nullptr) {
+    stats[kLseS] = static_cast<float>(double(pair.k) * pair.max_s + log_z_s);
+    stats[kLseT] = static_cast<float>(double(pair.k) * pair.max_t + log_z_t);
+    StatsSweep(s, t, a.vocab, at, stats);
+  }
+}
+
+// What backward needs of a pair: gradient = soft * (q h - q c) + hard * softmax(s) - [label]
+// one_hot.
+struct Upstream {
+  Constants at;
+  float soft, centre, hard, one_hot, max_s, inverse_z_1;
+  int64_t label;
+};
+
+inline Upstream MakeUpstream(const DivergenceArgs& a, int64_t r, const float* saved, float grad) {
+  Upstream u;
+  float k, t2;
+  Shape shape;
+  if (!ReadParams(a, r, k, t2, shape)) grad = NAN;
+  shape.head = saved[kHead];
+  u.at = MakeConstants(k, saved[kMaxS], saved[kLogZS], saved[kMaxT], saved[kLogZT], shape);
+  u.soft = grad * (1.0f - a.label_weight) * t2 * k;
+  u.centre = saved[kCentre];
+  u.max_s = saved[kMaxS];
+  u.inverse_z_1 = static_cast<float>(std::exp(-double(saved[kLogZ1])));
+  u.label = a.labels ? a.labels[r] : -1;
+  u.one_hot = a.labels ? grad * a.label_weight : 0.0f;
+  u.hard = u.one_hot + grad * 2.0f * a.z_loss * (saved[kMaxS] + saved[kLogZ1]);
+  return u;
+}
+
+// Writes, or adds to `out`, the gradient of Padded(n) columns from `begin`. `out` may be `bs`.
+template <Kind kind, bool kAdd>
+PD_INLINE void GradBlock(const Upstream& up, const float* bs, const float* bt, int64_t begin,
+                         int64_t padded, float* out) {
+  const Constants at = up.at;
+  const V soft = Set(up.soft), centre = Set(up.centre);
+  const V soft_p = soft * at.inverse_z_t, soft_q = soft * at.inverse_z_s;
+  const V head = Set(at.shape.head), tail = Set(1.0f - at.shape.head);
+  for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+    for (int u = 0; u < 2; ++u) {
+      const V s = Load(bs + i + u * kLanes), t = Load(bt + i + u * kLanes);
+      V g;
+      if constexpr (kind == Kind::kForwardKl) {
+        g = Exp(at.k * (s - at.max_s)) * soft_q - Exp(at.k * (t - at.max_t)) * soft_p;
+      } else if constexpr (kind == Kind::kReverseKl) {
+        const V d = Max(Fms(at.k, t - s, at.log_ratio), Set(-kHuge));
+        g = Exp(at.k * (s - at.max_s)) * soft_q * (Neg(Min(Set(kHuge), d)) - centre);
+      } else if constexpr (kind == Kind::kAdaptiveKl) {
+        const Tokens x = at.At(s, t);
+        g = soft * Fma(head, x.q - x.p, tail * x.q * (Neg(x.d) - centre));
+      } else {
+        const Tokens x = at.At(s, t);
+        const Term term = TermOf<kind>(at.shape, x);
+        g = soft * Fnma(x.q, centre, term.qh);
+      }
+      if (up.hard != 0.0f) {
+        g = Fma(Exp(s - Set(up.max_s)) * Set(up.inverse_z_1), Set(up.hard), g);
+      }
+      if constexpr (kAdd) g = g + Load(out + i + u * kLanes);
+      Store(g, out + i + u * kLanes);
+    }
+  }
+  if (up.label >= begin && up.label < begin + padded) out[up.label - begin] -= up.one_hot;
+}
+
+// The gradient of one pair, written to `out` (which may be the student's row itself).
+template <Kind kind>
+void GradRow(const DivergenceArgs& a, Row& s, Row& t, const Upstream& up, char* out) {
+  alignas(64) float buffer[kBlock];
+  for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
+    const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
+    const bool in_place = a.student.dtype == DType::kF32 && n == padded;
+    float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
+    GradBlock<kind, false>(up, s.Block(begin, n), t.Block(begin, n), begin, padded, to);
+    StoreBlock(to, n, a.student.dtype, out, begin);
+  }
+  ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);
+}
+
+// The summed gradients of the pairs of one student row, rounded once.
+template <Kind kind>
+void GradRows(const DivergenceArgs& a, int64_t row, const int64_t* pairs, int64_t count,
+              char* out) {
+  alignas(64) float buffer[kBlock];
+  Row s{RowAt(a.student, row), a.student.dtype, {}};
+  for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
+    const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
+    for (int64_t i = 0; i < padded; ++i) buffer[i] = 0.0f;
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t r = pairs[j], row_t = a.teacher_rows ? a.teacher_rows[r] : r;
+      const float grad = a.grad_rows[r];
+      if (grad == 0.0f) continue;
+      const bool known = row_t >= 0 && row_t < a.teacher.rows;
+      const Upstream up = MakeUpstream(a, r, a.saved + r * kSaved, known ? grad : NAN);
+      Row t{RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype, {}};
+      GradBlock<kind, true>(up, s.Block(begin, n), t.Block(begin, n), begin, padded, buffer);
+    }
+    StoreBlock(buffer, n, a.student.dtype, out, begin);
+  }
+  ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);
+}
+
+template <Kind kind>
+void Forward(const DivergenceArgs& a, int64_t begin, int64_t end, float* scratch) {
+  for (int64_t r = begin; r < end; ++r) ForwardPair<kind>(a, r, a.saved + r * kSaved, scratch);
+}
+
+template <Kind kind>
+void Backward(const DivergenceArgs& a, int64_t begin, int64_t end, float*) {
+  const int64_t size = ElementSize(a.student.dtype);
+  for (int64_t row = begin; row < end; ++row) {
+    char* out = static_cast<char*>(a.grad) + row * a.grad_stride * size;
+    const int64_t first = a.row_start ? a.row_start[row] : row;
+    const int64_t count = a.row_start ? a.row_start[row + 1] - first : 1;
+    const int64_t r = a.pair_of && count ? a.pair_of[first] : first;
+    if (count > 1) {
+      GradRows<kind>(a, row, a.pair_of + first, count, out);
+      continue;
+    }
+    if (count == 0 || a.grad_rows[r] == 0.0f) {
+      ZeroColumns(out, a.student.dtype, 0, a.student.width);
+      continue;
+    }
+    const int64_t row_t = a.teacher_rows ? a.teacher_rows[r] : r;
+    const bool known = row_t >= 0 && row_t < a.teacher.rows;
+    Row s{RowAt(a.student, row), a.student.dtype, {}};
+    Row t{RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype, {}};
+    const float grad = known ? a.grad_rows[r] : NAN;
+    GradRow<kind>(a, s, t, MakeUpstream(a, r, a.saved + r * kSaved, grad), out);
+  }
+}
+
+template <Kind kind>
+void Overwrite(const DivergenceArgs& a, int64_t begin, int64_t end, float* scratch) {
+  float saved[kSaved];
+  for (int64_t r = begin; r < end; ++r) {
+    ForwardPair<kind>(a, r, saved, scratch);
+    const int64_t row = a.student_rows ? a.student_rows[r] : r;
+    const int64_t row_t = a.teacher_rows ? a.teacher_rows[r] : r;
+    if (row < 0 || row >= a.student.rows) continue;  // flagged by its loss
+    char* out = const_cast<char*>(RowAt(a.student, row));
+    if (a.grad_rows[r] == 0.0f) {
+      ZeroColumns(out, a.student.dtype, 0, a.student.width);
+      continue;
+    }
+    const bool known = row_t >= 0 && row_t < a.teacher.rows;
+    Row s{out, a.student.dtype, {}}, t{RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype, {}};
+    GradRow<kind>(a, s, t, MakeUpstream(a, r, saved, known ? a.grad_rows[r] : NAN), out);
+  }
+}
+
+// Turns the kind into a template argument once a call.
+#define PD_FOR_KIND(FUNCTION)                                        \
+  switch (a.kind) {                                                  \
+    case Kind::kForwardKl:                                           \
+      return FUNCTION<Kind::kForwardKl>(a, begin, end, scratch);     \
+    case Kind::kReverseKl:                                           \
+      return FUNCTION<Kind::kReverseKl>(a, begin, end, scratch);     \
+    case Kind::kJsd:                                                 \
+      return FUNCTION<Kind::kJsd>(a, begin, end, scratch);           \
+    case Kind::kTvd:                                                 \
+      return FUNCTION<Kind::kTvd>(a, begin, end, scratch);           \
+    case Kind::kSkewForwardKl:                                       \
+      return FUNCTION<Kind::kSkewForwardKl>(a, begin, end, scratch); \
+    case Kind::kSkewReverseKl:                                       \
+      return FUNCTION<Kind::kSkewReverseKl>(a, begin, end, scratch); \
+    case Kind::kAlphaBeta:                                           \
+      return FUNCTION<Kind::kAlphaBeta>(a, begin, end, scratch);     \
+    case Kind::kAdaptiveKl:                                          \
+      return FUNCTION<Kind::kAdaptiveKl>(a, begin, end, scratch);    \
+    case Kind::kHellinger:                                           \
+      return FUNCTION<Kind::kHellinger>(a, begin, end, scratch);     \
+    case Kind::kChi2:                                                \
+      return FUNCTION<Kind::kChi2>(a, begin, end, scratch);          \
+    case Kind::kTodi:                                                \
+      return FUNCTION<Kind::kTodi>(a, begin, end, scratch);          \
+  }
+
+}  // namespace
+
+inline void divergence_forward(const DivergenceArgs& a, int64_t begin, int64_t end,
+                               float* scratch) {
+  PD_FOR_KIND(Forward)
+}
+
+inline void divergence_backward(const DivergenceArgs& a, int64_t begin, int64_t end,
+                                float* scratch) {
+  PD_FOR_KIND(Backward)
+}
+
+inline void divergence_overwrite(const DivergenceArgs& a, int64_t begin, int64_t end,
+                                 float* scratch) {
+  PD_FOR_KIND(Overwrite)
+}
+
+#undef PD_FOR_KIND
+
+}  // namespace pd::PD_NAMESPACE
