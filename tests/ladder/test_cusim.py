@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.ladder.cuda.sim import CudaBuildError, CudaSim, CudaSimError, Report
+from tools.ladder.cuda.sim import (
+    CudaBuildError,
+    CudaSim,
+    CudaSimError,
+    Report,
+    struct_argument,
+    virtual_tensor,
+)
+from tools.ladder.interpreter.guards import guarded
 from tools.ladder.mutation import Mutant, assert_all_killed, run_mutants
 
 pytestmark = pytest.mark.ladder
@@ -211,6 +219,40 @@ def test_bounds_are_those_of_the_view() -> None:
         sim.call("pyd_strided_copy", storage[:, 1], out, 1, buffers={"x": storage[:, 1]})
 
 
+@pytest.mark.parametrize("hooks", [False, True])
+def test_offsets_beyond_2_to_the_31(hooks: bool) -> None:
+    stride = 2**31 + 8
+    logits = virtual_tensor((2, stride), dtype=torch.bfloat16)[:, :100]
+    logits.copy_(torch.randn(2, 100))
+    assert_rows_right(build("row_logsumexp.cu", hooks), logits, "forward")
+
+
+def test_guard_bands_catch_a_stray_store_without_hooks() -> None:
+    out = guarded(torch.zeros(64))
+    out.check_guards()
+    number = list(FAULTS).index("store_out_of_bounds")
+    build("faults.cu", False).call("pyd_fault", number, None, out.tensor, 8)
+    with pytest.raises(AssertionError, match="guard written at element 64"):
+        out.check_guards()
+
+
+def test_struct_arguments() -> None:
+    sim = build("features.cu")
+    header = FIXTURES / "features.cu"
+    x, out = torch.randn(40), torch.empty(32)
+    fields = {"in": x, "n": 32, "factor": 2.0, "shift": 1.0, "negate": True, "offset": 8}
+    report = sim.call("pyd_scale", struct_argument(header, "ScaleCall", out=out, **fields))
+    torch.testing.assert_close(out, -(x[8:] * 2 + 1))
+    assert report.buffers["in"].bytes_loaded == report.buffers["out"].bytes_stored == 128
+    fields["offset"] = 9
+    with pytest.raises(CudaSimError, match=r"out of bounds load .* in\[40\]"):
+        sim.call("pyd_scale", struct_argument(header, "ScaleCall", out=out, **fields))
+    with pytest.raises(ValueError, match="has no field scale"):
+        struct_argument(header, "ScaleCall", scale=1)
+    with pytest.raises(ValueError, match="declares no struct Absent"):
+        struct_argument(header, "Absent")
+
+
 def test_launches_of_one_call_are_ordered() -> None:
     data = torch.zeros(32)
     report = build("features.cu").call("pyd_add_one_twice", data)
@@ -356,7 +398,7 @@ def test_build_errors_and_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def check_row_logsumexp(source: Path) -> None:
-    sims = [CudaSim.build(source, hooks=hooks) for hooks in (False, True)]
+    sim = CudaSim.build(source, hooks=True)
     generator = torch.Generator().manual_seed(0)
     for columns, order in ((13, "forward"), (2056, "reverse"), (1025, "random:3")):
         for dtype in (torch.float32, torch.bfloat16):
@@ -364,9 +406,11 @@ def check_row_logsumexp(source: Path) -> None:
             whole = torch.full((3, columns + 24), float("nan")).to(dtype)
             logits = whole[:, :columns]
             logits.copy_(torch.randn(3, columns, generator=generator).mul(8).round() - 40)
-            for sim in sims:
-                report = assert_rows_right(sim, logits, order)
-    assert report.buffers["logits"].bytes_loaded == logits.numel() * logits.element_size()
+            report = assert_rows_right(sim, logits, order)
+            assert report.buffers["logits"].bytes_loaded == logits.nbytes
+    far = virtual_tensor((2, 2**31 + 8), dtype=torch.bfloat16)[:, :8]
+    far.copy_(torch.arange(16).view(2, 8))
+    assert_rows_right(sim, far, "forward")
 
 
 ROW_MUTANTS = [
@@ -377,6 +421,7 @@ ROW_MUTANTS = [
     Mutant(
         "static_cast<int64_t>(blockIdx.x) * stride", "static_cast<int64_t>(blockIdx.x) * columns"
     ),
+    Mutant("static_cast<int64_t>(blockIdx.x) * stride", "static_cast<int>(blockIdx.x * stride)"),
     Mutant("is_wide_aligned(row)", "true"),
     Mutant("static_cast<int>(start + i)", "static_cast<int>(start)"),
     Mutant("state = push(state, values[i])", "state = push(state, values[0])"),
@@ -393,22 +438,19 @@ def check_common(header: Path) -> None:
     folder = header.parent / "cuda"
     folder.mkdir(exist_ok=True)
     shutil.copy(header, folder / "common.cuh")
-    for hooks in (False, True):
-        sim = CudaSim.build(
-            FIXTURES / "row_logsumexp.cu", hooks=hooks, include_dirs=[header.parent]
-        )
-        for columns, order in ((13, "forward"), (2056, "reverse"), (1031, "random:3")):
-            logits = torch.randn(3, columns).mul(8).round()
-            logits[1, : columns // 2] = -float("inf")
-            for x in (logits, logits.bfloat16()):
-                report = assert_rows_right(sim, x, order)
-                assert not hooks or report.buffers["logits"].bytes_loaded == x.nbytes
-        features = CudaSim.build(
-            FIXTURES / "features.cu", hooks=hooks, include_dirs=[header.parent]
-        )
-        assert_reductions_right(features)
-        dead = torch.full((1, 40), -float("inf"))
-        assert row_logsumexp(sim, dead)[0].item() == -float("inf")
+    rows, features = (
+        CudaSim.build(FIXTURES / name, hooks=True, include_dirs=[header.parent])
+        for name in ("row_logsumexp.cu", "features.cu")
+    )
+    for columns, order in ((13, "forward"), (2056, "reverse"), (1031, "random:3")):
+        logits = torch.randn(3, columns).mul(8).round()
+        logits[1, : columns // 2] = -float("inf")
+        for x in (logits, logits.bfloat16()):
+            report = assert_rows_right(rows, x, order)
+            assert report.buffers["logits"].bytes_loaded == x.nbytes
+    dead = torch.full((1, 40), -float("inf"))
+    assert row_logsumexp(rows, dead)[0].item() == -float("inf")
+    assert_reductions_right(features)
 
 
 COMMON_MUTANTS = [

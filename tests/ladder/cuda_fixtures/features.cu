@@ -5,6 +5,22 @@ namespace {
 
 using namespace pydistill;
 
+struct ScaleCall {
+  const float* in;
+  float* out;  // [n]; may be `in`
+  int32_t n;
+  float factor, shift;
+  bool negate;
+  int64_t offset;
+};
+
+__global__ void scale(ScaleCall call) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (i >= call.n) return;
+  const float x = call.in[call.offset + i] * call.factor + call.shift;
+  call.out[i] = call.negate ? -x : x;
+}
+
 template <class From, class To>
 __global__ void convert(const From* in, To* out, int64_t n) {
   const int64_t start = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 8;
@@ -129,4 +145,7 @@ PYD_API int pyd_add_one_twice(float* data, void* stream) {
 }
 PYD_API int pyd_launch_shape(int grid, int block, int64_t shared_bytes, float* data, void* stream) {
   return PYD_LAUNCH(add_one, grid, block, static_cast<size_t>(shared_bytes), stream, data);
+}
+PYD_API int pyd_scale(const ScaleCall* call, void* stream) {
+  return PYD_LAUNCH(scale, 1, 64, 0, stream, *call);
 }

@@ -18,7 +18,9 @@ const Observer* observer = nullptr;
 
 namespace {
 
+// CUDA's error codes.
 constexpr int kInvalidValue = 1;
+constexpr int kMemoryAllocation = 2;
 constexpr int kInvalidConfiguration = 9;
 constexpr int kLaunchFailure = 719;
 
@@ -342,7 +344,7 @@ int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*
   if (!sim.stacks) {
     void* memory = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) return 2;  // cudaErrorMemoryAllocation
+    if (memory == MAP_FAILED) return kMemoryAllocation;
     sim.stacks = static_cast<char*>(memory);
   }
   sim.kernel = name;
@@ -357,7 +359,7 @@ int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*
   shared_anchor = 0;
   dl_iterate_phdr(find_static_shared, nullptr);
   ++sim.launches;
-  if (observer) observer->launch_begin();
+  if (observer && !observer->launch_begin()) return kMemoryAllocation;
   const CatchFaults catch_faults;
   const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y * grid.z;
   for (int64_t number : make_order(blocks)) {

@@ -15,6 +15,7 @@
 // Requests. The k-th access of each lane of a warp at one place of the code counts as one request
 // of that warp; its sectors are the distinct 32-byte pieces of memory that the lanes touch.
 #include <link.h>
+#include <sys/mman.h>
 
 #include <memory>
 #include <unordered_map>
@@ -84,19 +85,33 @@ struct Cell {
   ThreadSet reads, writes, atomics;
 };
 
-// Zeroed lazily by the operating system: most elements of a big buffer may never be touched.
+// Zero pages that the system hands out on first touch: most elements of a view with big holes never
+// are.
 class Shadow {
  public:
-  void reset(size_t count) {
-    cells_.reset(static_cast<Cell*>(calloc(count ? count : 1, sizeof(Cell))));
+  Shadow() = default;
+  Shadow(const Shadow&) = delete;
+  Shadow& operator=(const Shadow&) = delete;
+  ~Shadow() { release(); }
+
+  bool reset(size_t count) {
+    release();
+    bytes_ = (count + 1) * sizeof(Cell);
+    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return false;
+    cells_ = static_cast<Cell*>(memory);
+    return true;
   }
-  Cell& operator[](size_t i) { return cells_.get()[i]; }
+  Cell& operator[](size_t i) { return cells_[i]; }
 
  private:
-  struct Free {
-    void operator()(Cell* cells) const { free(cells); }
-  };
-  std::unique_ptr<Cell, Free> cells_;
+  void release() {
+    if (cells_) munmap(cells_, bytes_);
+    cells_ = nullptr;
+  }
+  Cell* cells_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 struct Traffic {
@@ -327,12 +342,13 @@ int find_constants(dl_phdr_info* info, size_t, void*) {
   return ours;
 }
 
-void launch_begin() {
+bool launch_begin() {
   if (constants.empty()) dl_iterate_phdr(find_constants, nullptr);
+  bool reset = static_shadow.reset(sim.static_shared.end - sim.static_shared.begin) &&
+               dynamic_shadow.reset(sim.dynamic_shared.size());
   for (auto& buffer : buffers)
-    buffer->shadow.reset((buffer->range.end - buffer->range.begin) / buffer->element + 1);
-  static_shadow.reset(sim.static_shared.end - sim.static_shared.begin);
-  dynamic_shadow.reset(sim.dynamic_shared.size());
+    reset &= buffer->shadow.reset((buffer->range.end - buffer->range.begin) / buffer->element);
+  return reset;
 }
 
 void block_end() {

@@ -65,7 +65,7 @@ extern Sim sim;
 
 // Callbacks of the memory hooks, null without them.
 struct Observer {
-  void (*launch_begin)();
+  bool (*launch_begin)();  // false: out of memory
   void (*block_end)();
   void (*touch)(uintptr_t address, size_t bytes, Access access);
 };

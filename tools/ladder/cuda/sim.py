@@ -16,6 +16,8 @@ import ctypes
 import functools
 import hashlib
 import json
+import math
+import mmap
 import os
 import re
 import subprocess
@@ -180,6 +182,60 @@ def _shared_variables(library: Path) -> list[tuple[str, int, int]]:
     ]
 
 
+@dataclass(frozen=True)
+class StructArgument:
+    """A C struct passed by pointer, and the tensors that its pointers point to, by field."""
+
+    struct: ctypes.Structure
+    tensors: Mapping[str, torch.Tensor]
+
+
+C_TYPES: dict[str, Any] = {
+    "bool": ctypes.c_bool,
+    "int": ctypes.c_int,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint32_t": ctypes.c_uint32,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+
+
+def struct_argument(header: str | os.PathLike[str], name: str, **fields: Any) -> StructArgument:
+    """A value of the plain C struct `name` declared in `header`.
+
+    Reading the declaration keeps Python from carrying a second copy of the layout. Pointer fields
+    take a tensor or None, the others a number; fields that are not given are zero.
+    """
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", Path(header).read_text(), flags=re.DOTALL)
+    found = re.search(rf"\bstruct\s+{name}\s*\{{(.*?)\}}\s*;", text, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{header} declares no struct {name}")
+    layout: list[tuple[str, Any]] = []
+    for declaration in filter(None, map(str.strip, found[1].split(";"))):
+        words = re.fullmatch(r"(?:const\s+)?(\w+)\s*(\*?)\s*([\w\s,]+)", declaration)
+        if words is None or not (words[2] or words[1] in C_TYPES):
+            raise ValueError(f"cannot read the declaration {declaration!r} of struct {name}")
+        kind = ctypes.c_void_p if words[2] else C_TYPES[words[1]]
+        layout += [(field.strip(), kind) for field in words[3].split(",")]
+    if unknown := fields.keys() - dict(layout).keys():
+        raise ValueError(f"struct {name} has no field {', '.join(sorted(unknown))}")
+    struct = type(name, (ctypes.Structure,), {"_fields_": layout})()
+    tensors = {key: value for key, value in fields.items() if isinstance(value, torch.Tensor)}
+    for key, value in fields.items():
+        setattr(struct, key, value.data_ptr() or None if key in tensors else value)
+    return StructArgument(struct, tensors)
+
+
+def virtual_tensor(shape: Sequence[int], *, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that take memory only where touched, for offsets beyond 2^31 elements."""
+    size = max(1, math.prod(shape)) * dtype.itemsize
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    memory = mmap.mmap(-1, size, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype)[: math.prod(shape)].view(*shape)
+
+
 class CudaSim:
     """A CUDA source file compiled for the CPU. Build one with `CudaSim.build`."""
 
@@ -236,10 +292,11 @@ class CudaSim:
         """Calls the launcher `name` with `args` and a null stream appended.
 
         Tensors travel as their data pointer, integers as int64, floats as C float, None as a null
-        pointer; a ctypes value travels as it is. With hooks, a kernel may touch the tensors among
-        `args` and in `buffers`, each within its own view, and nothing else; `buffers` names them
-        in the report (others are called arg0, arg1, ...). `order` is "forward", "reverse" or
-        "random:SEED", the order of threads and blocks.
+        pointer, a `StructArgument` as a pointer to its struct; a ctypes value travels as it is.
+        With hooks, a kernel may touch the tensors in `buffers`, among `args` and in structs, each
+        within its own view, and nothing else. The report calls them by the name in `buffers`, by
+        the struct's field, or arg0, arg1, ... `order` is "forward", "reverse" or "random:SEED",
+        the order of threads and blocks.
 
         Raises `CudaSimError` when the launcher fails, or, with hooks, on a data race; with
         `check=False` the report tells instead.
@@ -323,7 +380,12 @@ def _named_tensors(
     """The tensors a kernel may touch, by name; the same view under two names appears once."""
     named: dict[str, torch.Tensor] = {}
     views: set[tuple[object, ...]] = set()
-    unnamed = {f"arg{i}": arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
+    unnamed: dict[str, torch.Tensor] = {}
+    for i, arg in enumerate(args):
+        if isinstance(arg, torch.Tensor):
+            unnamed[f"arg{i}"] = arg
+        elif isinstance(arg, StructArgument):
+            unnamed.update(arg.tensors)
     for name, tensor in [*buffers.items(), *unnamed.items()]:
         if tensor.device.type != "cpu":
             raise ValueError(f"buffer {name} is on {tensor.device}; cusim runs on CPU tensors")
@@ -340,7 +402,7 @@ def _view_extent(tensor: torch.Tensor) -> tuple[int, torch.Tensor | None]:
     extent = 1 + sum((size - 1) * stride for size, stride in pairs)
     if tensor.numel() == extent:
         return extent, None
-    mask = torch.zeros(extent, dtype=torch.uint8)
+    mask = virtual_tensor((extent,), dtype=torch.uint8)
     mask.as_strided(tensor.shape, tensor.stride()).fill_(1)
     return extent, mask
 
@@ -354,6 +416,8 @@ def _to_c(value: Any) -> Any:
         return ctypes.c_int64(value)
     if isinstance(value, float):
         return ctypes.c_float(value)
+    if isinstance(value, StructArgument):
+        return ctypes.byref(value.struct)
     if isinstance(value, ctypes._SimpleCData):
         return value
     raise TypeError(f"cannot pass {type(value).__name__} to C; use a tensor, int, float or ctypes")
