@@ -1,0 +1,1 @@
+"""Operators against their peers: `python -m benchmarks --help`, docs/benchmarking.md."""
