@@ -86,7 +86,7 @@ def set_capability(name: str) -> None:
         raise RuntimeError(f"no CPU kernels are loaded: {_cpu.reason}")
     error: bytes | None = _cpu.handle.pydistill_set_cpu_capability(name.encode())
     if error is not None:
-        raise ValueError(error.decode())
+        raise ValueError(f"CPU capability {name!r} cannot be used: {error.decode()}")
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _prepare() -> None:
         try:
             set_capability(wanted)
         except ValueError as error:
-            _cpu.drop(f"{_ENV}={wanted!r} cannot be honoured: {error}")
+            _cpu.drop(f"{_ENV} cannot be honoured: {error}")
 
 
 _prepare()

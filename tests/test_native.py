@@ -71,12 +71,10 @@ def test_available_here() -> None:
     assert _native.available(), _native.reason()
     assert _native.reason() is None
     assert _native.capability() in _native.supported_capabilities()
-    assert report().startswith("True")
 
 
 def test_switched_off_at_run_time() -> None:
     assert report(PYDISTILL_NO_NATIVE="1").startswith("False none PYDISTILL_NO_NATIVE is set")
-    assert report(PYDISTILL_NO_NATIVE="0").startswith("True")
 
 
 def test_not_built(tmp_path: Path) -> None:
@@ -98,14 +96,16 @@ def test_older_than_the_package(tmp_path: Path) -> None:
 
 
 def test_environment_chooses_the_capability() -> None:
-    for name in _native.supported_capabilities():
-        assert report(PYDISTILL_CPU_CAPABILITY=name) == f"True {name} None\n"
-    assert report(PYDISTILL_CPU_CAPABILITY="default") == "True scalar None\n"
+    widest = _native.supported_capabilities()[-1]
+    assert report() == f"True {widest} None\n"
+    narrow = report(PYDISTILL_CPU_CAPABILITY="default", PYDISTILL_NO_NATIVE="0")
+    assert narrow == "True scalar None\n"
 
 
 def test_a_bad_choice_switches_native_code_off_and_says_so() -> None:
     said = report(PYDISTILL_CPU_CAPABILITY="sse9")
-    assert said.startswith("False none PYDISTILL_CPU_CAPABILITY='sse9' cannot be honoured: ")
+    assert said.startswith("False none PYDISTILL_CPU_CAPABILITY cannot be honoured: ")
+    assert "'sse9'" in said and "avx2" in said  # the value and the fix
 
 
 def test_set_capability() -> None:
