@@ -93,7 +93,7 @@ def divergence_reference(
         temperature, alpha, beta = scalars.expand(rows, 3)[:, :, None].unbind(1)
     bad = bad_s | bad_t | ~_parameters_valid(options.kind, temperature, alpha, beta).squeeze(-1)
     counted = inputs.counted if inputs.counted is not None else torch.ones_like(bad)
-    keep = (counted & ~bad)[:, None]
+    keep, given = (counted & ~bad)[:, None], student
     student, teacher = torch.where(keep, student, 0), torch.where(keep, teacher, 0)
     temperature = torch.where(keep, temperature, 1)
     alpha, beta = torch.where(keep, alpha, 0.5), torch.where(keep, beta, 0.5)
@@ -102,10 +102,11 @@ def divergence_reference(
     log_p = torch.log_softmax(teacher / temperature, dim=-1)
     value = _VALUE[options.kind](log_p, log_q, alpha, beta)
     infinite = _infinite(options.kind, log_p, log_q, alpha, beta)
+    undefined = torch.isnan(log_p).any(-1) | torch.isnan(log_q).any(-1)
     if options.kind == KINDS["forward_kl"].id:
-        value = value + torch.where(infinite, math.inf, 0.0)  # the gradient stays q - p
+        value, no_slope = value + torch.where(infinite, math.inf, 0.0), undefined  # slope stays q - p
     else:
-        value = torch.where(infinite, math.inf, value) + _nan_gradient(student, infinite)
+        value, no_slope = torch.where(infinite, math.inf, value), undefined | infinite
     loss = value * temperature.squeeze(-1) ** 2 if options.scale_t2 else value
     if options.label_weight or options.z_loss:
         lse = torch.logsumexp(student, dim=-1)
@@ -116,8 +117,9 @@ def divergence_reference(
             bad = bad | wrong
             hard = lse - student.gather(1, torch.where(wrong, 0, labels)[:, None]).squeeze(-1)
         loss = (1 - options.label_weight) * loss + options.label_weight * hard + options.z_loss * lse**2
-    loss = torch.where(bad, math.nan, loss)
+    loss = torch.where(bad | undefined, math.nan, loss)
     loss = torch.where(counted, loss, 0)
+    loss = loss + _nan_gradient(given, (no_slope | bad) & ~bad_s & counted)
     if not with_stats:
         return loss, loss.new_empty((0, STATS))
     with torch.no_grad():
