@@ -469,7 +469,12 @@ COMMON_MUTANTS = [
 ]
 
 
-@pytest.mark.slow
+def test_some_mutants_die() -> None:
+    source = FIXTURES / "row_logsumexp.cu"
+    assert_all_killed(run_mutants(source, ROW_MUTANTS[::5], check_row_logsumexp))
+
+
+@pytest.mark.ladder_full
 @pytest.mark.parametrize(
     ("source", "mutants", "check"),
     [
