@@ -103,19 +103,19 @@ def install_in_clean_environment(wheel: Path, to: Path) -> Path:
 
 
 @pytest.mark.packaging
-def test_sdist(sdist: Path) -> None:
+def test_sdist(source: Path, sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = [name.split("/", 1)[1] for name in archive.getnames() if "/" in name]
     assert {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE"} <= set(names)
     assert "csrc/module.cpp" in names
-    assert {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*.h")} <= set(names)
+    assert {str(p.relative_to(source)) for p in source.glob("csrc/*/*.h")} <= set(names)
     assert names.count("pydistill/kernels/_common/__init__.py") == 1
     assert [name for name in names if name.startswith(("kernels", "tests", "tools"))] == []
     assert [name for name in names if name.endswith(".so")] == []
 
 
 @pytest.mark.packaging
-def test_wheel(wheel: Path) -> None:
+def test_wheel(source: Path, wheel: Path) -> None:
     assert re.fullmatch(r"pydistill_kernels-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -126,7 +126,7 @@ def test_wheel(wheel: Path) -> None:
         "pydistill",
         "pydistill_kernels",
     }
-    kernels = {p.relative_to(ROOT) for p in ROOT.glob("kernels/**/*.py")}
+    kernels = {p.relative_to(source) for p in source.glob("kernels/**/*.py")}
     assert {Path(n).relative_to("pydistill") for n in names if "/kernels/" in n} >= kernels
     assert "pydistill/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
