@@ -425,9 +425,12 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(*args[:7], saved)
         ctx.save_for_forward(*args[:7], saved)
         ctx.options, ctx.backend, _ = args[7:]
+        ctx.set_materialize_grads(False)  # a zero tangent of the teacher would look like a real one
 
     @staticmethod
-    def backward(ctx: Any, grad_rows: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_rows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_rows is None:
+            return (None,) * 10
         return _gradient(*ctx.saved_tensors, grad_rows, ctx.options, ctx.backend), *[None] * 9
 
     @staticmethod

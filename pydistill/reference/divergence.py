@@ -257,7 +257,7 @@ def _adaptive_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor) -> T
     is at most 1/2. Identical rows weigh both KLs equally.
     """
     with torch.no_grad():
-        p, q = log_p.exp(), log_q.exp()
+        p, q = log_p.detach().exp(), log_q.detach().exp()  # no_grad alone lets tangents through
         sorted_p, order = torch.sort(p, dim=-1, descending=True, stable=True)
         head = torch.cumsum(sorted_p, dim=-1) <= ADAPTIVE_HEAD_MASS
         head[:, :1] = True
