@@ -60,7 +60,8 @@ class Step:
 class Contestant:
     """One way to compute a case; `setup` takes the case's inputs.
 
-    A peer whose set-up or first run raises is left out, with the reason; anyone else's error ends the run.
+    A peer whose set-up or first run raises is left out, with the reason; an error of anyone else
+    ends the run.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Claim:
-    """`subject` takes at most `at_most` times as long as `against`, or is `at_least` times faster."""
+    """`subject` takes `at_most` times as long as `against`, or is `at_least` times faster."""
 
     subject: str
     against: str

@@ -25,7 +25,7 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 def peak(
     op: str, case: str, contestant: str, *, quick: bool, threads: int | None
 ) -> dict[str, Any]:
-    """Measures one contestant in a fresh process: bytes `peak`, `kept`, and `unit`, a size to compare with."""
+    """Runs one contestant in a fresh process: bytes `peak`, `kept` and, for comparison, `unit`."""
     arguments = [op, case, contestant, str(int(quick)), str(threads or 0)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *arguments],

@@ -42,7 +42,7 @@ class Roof:
 
 @dataclass
 class Quiet:
-    """The best roof known for `machine`; `first_seen` names what this run was the first to measure."""
+    """The best roof known for `machine`; `first_seen`: metrics never measured before this run."""
 
     machine: str
     rates: dict[str, float]

@@ -1,0 +1,328 @@
+"""The benchmark harness, on contestants that only move an injected clock: nothing is timed here."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import memory, report, roof, run  # noqa: E402
+from benchmarks.harness import Case, Claim, Contestant, Gate, Result, Step, measure  # noqa: E402
+
+QUIET_RATES = {"add": 20.0, "copy": 10.0, "mm_fp32": 200.0, "mm_bf16": 1000.0}
+
+
+class World:
+    """A clock, and a log of who ran when."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.log: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def contestant(
+        self, name: str, times: list[float], error: float = 0.0, **extra: Any
+    ) -> Contestant:
+        """Takes `times` in turn; its error against the truth is `error`, its limit 1e-3."""
+
+        def setup(inputs: Any) -> Step:
+            left = iter(times)
+
+            def go() -> str:
+                self.log.append(name)
+                self.now += next(left)
+                return name
+
+            def refresh() -> None:
+                self.log.append(f"refresh {name}")
+                self.now += 1000.0  # would show in any timing
+
+            def check(output: Any) -> Gate:
+                assert output == name
+                return Gate({"loss": error}, {"loss": 1e-3})
+
+            return Step(go, refresh, check)
+
+        return Contestant(name, setup, **extra)
+
+    def take_roof(self, rates: dict[str, float] | None = None) -> Callable[[], roof.Roof]:
+        def take() -> roof.Roof:
+            self.log.append("roof")
+            return roof.Roof(dict(rates or QUIET_RATES))
+
+        return take
+
+    def measure(self, case: Case, **changes: Any) -> Result:
+        options: dict[str, Any] = {
+            "rounds": 2,
+            "warmup": 1,
+            "clock": self.clock,
+            "take_roof": self.take_roof(),
+            "update_quiet": lambda seen: roof.Quiet("a machine", dict(QUIET_RATES), []),
+        }
+        return measure(case, **{**options, **changes})
+
+
+def a_case(world: World, *, error: float = 0.0, peer_error: float = 0.0) -> Case:
+    # The first two times of each are the gate's run and the warm-up.
+    return Case(
+        "case",
+        bytes=6e9,
+        flops=1e9,
+        inputs=lambda: None,
+        contestants=(
+            world.contestant("ours", [9, 9, 1.0, 0.5], error, against=("eager",)),
+            world.contestant("eager", [9, 9, 4.0, 5.0], peer_error, role="peer"),
+            world.contestant("floor", [9, 9, 0.25, 0.5], role="floor"),
+        ),
+        claims=(Claim("ours", "eager", at_least=6.0), Claim("ours", "floor", at_most=1.9)),
+    )
+
+
+def test_the_contestants_take_turns() -> None:
+    world = World()
+    world.measure(a_case(world))
+    turn = ["refresh ours", "ours", "refresh eager", "eager", "refresh floor", "floor"]
+    assert world.log == [*turn, "roof", *turn, *turn, *turn, "roof"]
+
+
+def test_only_the_run_itself_is_timed() -> None:
+    world = World()
+    result = world.measure(a_case(world))
+    assert [t.samples for t in result.timings] == [[1.0, 0.5], [4.0, 5.0], [0.25, 0.5]]
+    ours = result.timing("ours")
+    assert (ours.minimum, ours.median, ours.spread) == (0.5, 0.75, 2.0)
+
+
+def test_ratios_rates_and_roof() -> None:
+    world = World()
+    result = world.measure(a_case(world))
+    ratio = result.ratio("ours", "eager")
+    assert ratio is not None
+    assert ratio.of_minima == pytest.approx(0.5 / 4.0)
+    assert ratio.of_medians == pytest.approx(0.75 / 4.5)
+    assert result.rate("ours") == pytest.approx(12.0)  # 6 GB in 0.5 s
+    assert result.roof_share("ours") == pytest.approx(12.0 / 20.0)
+    result.roof = "mm_fp32"
+    assert result.rate("ours") == pytest.approx(2.0)  # 1 GFLOP in 0.5 s
+    assert result.roof_share("ours") == pytest.approx(2.0 / 200.0)
+
+
+def test_a_claim_must_hold_for_minima_and_medians() -> None:
+    world = World()
+    result = world.measure(a_case(world))
+    # 8 and 6 times faster than eager; 2 and 2 times the floor.
+    assert [result.verdict(claim) for claim in result.claims] == ["held", "missed"]
+    assert result.verdict(Claim("ours", "eager", at_least=6.5)) == "missed"  # minima alone hold
+    assert result.verdict(Claim("ours", "floor", at_most=2.0)) == "held"
+
+
+@pytest.mark.parametrize("metric", list(QUIET_RATES))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_low_roof_voids_the_run(metric: str, when: str) -> None:
+    for share, void in ((0.84, True), (0.86, False)):
+        low = {**QUIET_RATES, metric: share * QUIET_RATES[metric]}
+        rates = iter([low, QUIET_RATES] if when == "before" else [QUIET_RATES, low])
+        world = World()
+        result = world.measure(a_case(world), take_roof=lambda rates=rates: roof.Roof(next(rates)))
+        assert bool(result.void()) == void
+        assert result.verdict(result.claims[0]) == ("void" if void else "held")
+        assert ("VOID" in report.markdown([result])) == void
+    assert roof.void_reasons(
+        roof.Roof({"add": float("nan")}), roof.Roof({"add": 1.0}), roof.Quiet("m", {"add": 1.0}, [])
+    )
+
+
+@pytest.mark.parametrize("error", [2e-3, float("nan"), float("inf")])
+def test_no_speed_up_of_a_wrong_contestant(error: float) -> None:
+    world = World()
+    result = world.measure(a_case(world, error=error))
+    assert result.ratio("ours", "eager") is None
+    assert result.ratio("ours", "floor") is None
+    assert result.verdict(result.claims[0]) == "refused"
+    (row,) = [x for x in report.markdown([result]).splitlines() if x.startswith("| ours ")]
+    assert "WRONG" in row and "refused" in row
+    assert "8.00" not in row and "12.0 GB/s" not in row
+
+
+def test_no_speed_up_over_a_wrong_peer() -> None:
+    world = World()
+    result = world.measure(a_case(world, peer_error=1.0))
+    assert result.ratio("ours", "eager") is None
+    assert result.verdict(result.claims[0]) == "refused"
+    ratio = result.ratio("ours", "floor")
+    assert ratio is not None and ratio.of_minima == 2.0
+    assert "none reported over eager" in report.markdown([result])
+
+
+def test_a_peer_that_raises_is_left_out_and_named() -> None:
+    def missing(inputs: Any) -> Step:
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    world = World()
+    case = a_case(world)
+    peer = Contestant("eager", missing, "peer")
+    broken = Case("case", 1.0, 1.0, case.inputs, (case.contestants[0], peer, case.contestants[2]))
+    result = world.measure(broken)
+    assert result.timing("eager").absent == "ModuleNotFoundError: No module named 'peer'"
+    assert result.ratio("ours", "eager") is None
+    assert "left out: ModuleNotFoundError" in report.markdown([result])
+
+    ours = Case("case", 1.0, 1.0, case.inputs, (Contestant("ours", missing), case.contestants[2]))
+    with pytest.raises(ModuleNotFoundError):
+        world.measure(ours)
+
+
+def test_a_case_is_checked() -> None:
+    world = World()
+    ours, eager, floor = a_case(world).contestants
+    with pytest.raises(ValueError, match="exactly one contestant with role='floor'"):
+        Case("case", 1.0, 1.0, lambda: None, (ours, eager))
+    with pytest.raises(ValueError, match="two contestants of one name"):
+        Case("case", 1.0, 1.0, lambda: None, (eager, eager, floor))
+    with pytest.raises(ValueError, match="compares with 'eager'"):
+        Case("case", 1.0, 1.0, lambda: None, (ours, floor))
+    with pytest.raises(ValueError, match="roof='l2' is not known"):
+        Case("case", 1.0, 1.0, lambda: None, (floor,), roof="l2")
+    with pytest.raises(ValueError, match="either at_most or at_least"):
+        Claim("ours", "floor")
+    with pytest.raises(ValueError, match="role='friend'"):
+        Contestant("ours", lambda inputs: Step(lambda: None), "friend")
+
+
+def test_the_quiet_roof_only_rises(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "roofs.json"
+    first = roof.update_quiet(roof.Roof({"add": 10.0, "copy": 5.0}), path=path, key="m")
+    assert first == roof.Quiet("m", {"add": 10.0, "copy": 5.0}, ["add", "copy"])
+    second = roof.update_quiet(roof.Roof({"add": 12.0, "copy": 4.0}), path=path, key="m")
+    assert second == roof.Quiet("m", {"add": 12.0, "copy": 5.0}, [])
+    assert roof.update_quiet(roof.Roof({"add": 1.0}), path=path, key="other").first_seen == ["add"]
+    assert json.loads(path.read_text())["m"] == {"add": 12.0, "copy": 5.0}
+    assert [p.name for p in path.parent.iterdir()] == ["roofs.json"]
+    path.write_text("{ half a fi")
+    assert roof.update_quiet(roof.Roof({"add": 3.0}), path=path, key="m").first_seen == ["add"]
+
+
+def test_a_roof_measured_for_the_first_time_says_so() -> None:
+    world = World()
+    quiet = roof.Quiet("a machine", dict(QUIET_RATES), ["add"])
+    text = report.markdown([world.measure(a_case(world), update_quiet=lambda seen: quiet)])
+    assert "first measured in this very run (add)" in text
+
+
+def test_the_roof_counts_bytes_and_flops() -> None:
+    ticks = iter(range(1000))  # every run takes one second of this clock
+    found = roof.take(lambda: float(next(ticks)), repeats=2, numel=1000, mm=10)
+    assert found.rates == pytest.approx(
+        {"add": 12e-6, "copy": 8e-6, "mm_fp32": 2e-6, "mm_bf16": 2e-6}
+    )
+
+
+BENCH = """
+import pytest
+from benchmarks.conftest import played_back
+from benchmarks.harness import Case, Claim, Contestant, Gate, Step
+
+ERROR = {error}
+
+def cases(quick=False):
+    def step(inputs):
+        gate = Gate({{"sum": ERROR}}, {{"sum": 0.0}})
+        return Step(lambda: sum(range(1000)), check=lambda out: gate)
+
+    def absent(inputs):
+        raise ImportError("not here")
+
+    ours = Contestant("ours", step, against=("peer",))
+    peers = Contestant("peer", step, "peer"), Contestant("gone", absent, "peer")
+    all_of_them = (ours, *peers, Contestant("floor", step, "floor"))
+    claims = (Claim("ours", "floor", at_most=1e9),)
+    notes = {{"backend": "none"}}
+    return [Case("sums", 12.0, 1.0, lambda: None, all_of_them, claims=claims, notes=notes)]
+
+@pytest.mark.benchmark(timer=played_back)
+def test_sums(entry, record):
+    record(entry)
+"""
+
+
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_pytest_benchmark_writes_the_interleaved_samples(tmp_path: Path, error: float) -> None:
+    pytest.importorskip("pytest_benchmark", reason="needs the extra `bench`")
+    bench = tmp_path / "bench_sums.py"
+    bench.write_text(BENCH.format(error=error))
+    (tmp_path / "conftest.py").write_text(
+        "from benchmarks import roof\nroof._NUMEL, roof._MM = 64, 8\n"
+    )
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.conftest", str(bench)),
+            *(f"--benchmark-json={out}", "--rounds=3", f"--rootdir={tmp_path}"),
+        ],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == (0 if error == 0.0 else 1), done.stdout + done.stderr
+
+    entries = {e["extra_info"]["contestant"]: e for e in json.loads(out.read_text())["benchmarks"]}
+    (result,), _ = report.load(out)
+    assert set(entries) == {"ours", "peer", "floor"}
+    for name, entry in entries.items():
+        timing = result.timing(name)
+        assert len(timing.samples) == 3
+        assert entry["stats"]["data"] == timing.samples
+        assert entry["stats"]["min"] == timing.minimum
+        assert entry["group"] == "sums"
+    assert result.timing("gone").absent == "ImportError: not here"
+    assert result.notes == {"backend": "none"}
+    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+    assert (result.ratio("ours", "peer") is None) == (error != 0.0)
+    assert (result.verdict(result.claims[0]) == "refused") == (error != 0.0)
+
+
+def test_an_old_run_is_rendered_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = World()
+    entries = []
+    for name, best in (("first", 20.0), ("second", 30.0)):
+        quiet = roof.Quiet("a machine", {**QUIET_RATES, "add": best}, [])
+        case = a_case(world)
+        result = world.measure(case, update_quiet=lambda seen, quiet=quiet: quiet)
+        result.case = name
+        entries.append({"extra_info": {"contestant": "ours", "result": result.to_json()}})
+    path = tmp_path / "old.json"
+    rows = [
+        {"case": "first", "contestant": "ours", "peak": 3_000_000, "kept": 0, "unit": 1_500_000}
+    ]
+    path.write_text(json.dumps({"benchmarks": entries, "memory": rows}))
+
+    picture, text = tmp_path / "old.png", tmp_path / "old.md"
+    pytest.importorskip("matplotlib", reason="needs the extra `bench`")
+    assert run.main([f"--load={path}", f"--plot={picture}", f"--markdown={text}"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert printed == text.read_text()
+    assert "| first | ours | 3.0 | 2.00 | 0.0 |" in printed
+    # The second case saw a higher roof, so the first one was disturbed as well.
+    assert printed.count("VOID") == 2
+
+
+def test_peak_memory_sees_a_temporary() -> None:
+    memory.reset_high_water()
+    before = memory.resident("VmRSS")
+    block = torch.ones(1 << 23)  # 32 MiB
+    del block
+    risen = memory.resident("VmHWM") - before
+    assert (1 << 25) * 0.9 < risen < (1 << 25) * 1.5
