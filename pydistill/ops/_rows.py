@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -89,10 +90,15 @@ def check_range(
     raise ValueError(f"{name}={value:g} is outside {bounds}; {fix or 'choose a value inside it.'}")
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Whether `x` carries a forward-mode tangent at the open level."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def row_scalar(name: str, value: object) -> float | Tensor:
     """A scalar or a tensor; anything else, and a tensor that requires grad, raises."""
     if isinstance(value, Tensor):
-        if value.requires_grad:
+        if value.requires_grad or has_tangent(value):
             raise ValueError(f"{name} requires grad, but no gradient flows to it; pass {name}.detach().")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} has dtype {value.dtype}; pass a floating-point tensor or a number.")

@@ -310,3 +310,19 @@ def test_second_derivatives_of_the_reference() -> None:
     (grad,) = torch.autograd.grad(f(student), student, create_graph=True)
     (second,) = torch.autograd.grad(grad[0, 2], student)
     close(second[0], hessian[2])
+
+
+@pytest.mark.parametrize("name", ["temperature", "beta"])
+def test_tangents_of_parameters_are_never_dropped(name: str, impl: str) -> None:
+    student, teacher = torch.randn(2, 4, 19).unbind()
+    f = lambda x: divergence(student, teacher, "jsd", impl=impl, **{name: x})  # noqa: E731
+    value = torch.full((4,), 0.5)
+    message = f"{name} requires grad, but no gradient flows to it"
+    with pytest.raises(ValueError, match=message):
+        torch.func.jvp(f, (value,), (value,))
+    with pytest.raises(ValueError, match=message):
+        torch.func.grad(f)(value)
+    with pytest.raises(ValueError, match=message), forward_ad.dual_level():
+        f(forward_ad.make_dual(value, value))
+    with pytest.raises(ValueError, match=message):
+        f(value.clone().requires_grad_())
