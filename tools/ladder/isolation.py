@@ -2,10 +2,10 @@
 
 Triton reads TRITON_INTERPRET when it is imported, so one process either interprets kernels or
 compiles them. In an ordinary session this plugin takes the selected tests marked `interpreter`,
-runs them all in one child pytest with TRITON_INTERPRET=1 when the first is due, and reports each
-result under its own name: selection, failures, skips and counts look as for any other test. Their
-fixtures run in the child only. In a session that already has TRITON_INTERPRET=1 the marked tests
-run directly, which is the way to debug one, and all others are deselected.
+runs them all in one child pytest with TRITON_INTERPRET=1 before the rest, and reports each result
+under its own name and in its place: selection, failures, skips and counts look as for any other
+test. Their fixtures run in the child only. In a session that already has TRITON_INTERPRET=1 the
+marked tests run directly, which is the way to debug one, and all others are deselected.
 
 A conftest turns it on with
 
@@ -56,16 +56,27 @@ class _Isolation:
             items[:] = [item for item in items if item.get_closest_marker(MARKER) is not None]
 
     @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        # Before any test is due: a timeout on the first must not apply to the whole child.
+        stopped = session.testsfailed or session.config.option.collectonly
+        if not interpreting() and not stopped:
+            self._reports_of(session)
+
+    def _reports_of(self, session: pytest.Session) -> dict[str, list[pytest.TestReport]]:
+        if self.reports is None:
+            marked = [i for i in session.items if i.get_closest_marker(MARKER) is not None]
+            self.reports = self._run_child(marked) if marked else {}
+        return self.reports
+
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
         self, item: pytest.Item, nextitem: pytest.Item | None
     ) -> bool | None:
         if interpreting() or item.get_closest_marker(MARKER) is None:
             return None
-        if self.reports is None:
-            marked = [i for i in item.session.items if i.get_closest_marker(MARKER) is not None]
-            self.reports = self._run_child(marked)
+        reports = self._reports_of(item.session)
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self.reports[item.nodeid]:
+        for report in reports[item.nodeid]:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         # The test before this one may share fixtures with the next that runs here.
