@@ -45,6 +45,12 @@ PD_INLINE double Lift(float block_max, float k, float& running) {
 
 PD_INLINE float FiniteMax(float x) { return x == -INFINITY ? 0.0f : x; }
 
+// t - s - gap exactly, where gap is t - s rounded (Knuth's two-sum); NaN beside infinities.
+PD_INLINE V RoundingError(V t, V s, V gap) {
+  const V back = gap - t;
+  return (t - (gap - back)) - (s + back);
+}
+
 void NormSweep(Row& s, Row& t, int64_t vocab, Pair& pair) {
   const V k = Set(pair.k);
   V low = Set(INFINITY), high = Set(-INFINITY);
@@ -122,9 +128,8 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
         low = Min(gap, low);
         high = Max(gap, high);
         V d = Fms(k, gap, c0);
-        if constexpr (kExact) {  // gap + error is t - s exactly
-          const V back = gap - xt;
-          const V error = (xt - (gap - back)) - (xs + back);
+        if constexpr (kExact) {
+          const V error = RoundingError(xt, xs, gap);
           d = Select(Lt(Abs(error), one), Fma(k, error, d), d);  // NaN beside infinities
         }
         d = Min(Set(kHuge), Max(d, Set(-kHuge)));  // NaN (both -inf) becomes -kHuge
@@ -179,14 +184,20 @@ void Kl(Row& s, Row& t, int64_t vocab, Pair& pair) {
 
 // The row constants of a second sweep or a backward.
 struct Constants {
-  V k, max_s, max_t, inverse_z_s, inverse_z_t, log_z_s, log_z_t, log_ratio;
+  V k, max_s, max_t, inverse_z_s, inverse_z_t, log_z_s, log_z_t, log_ratio, log_ratio_low;
   Shape shape;
+
+  // d = k (t - s) - C within +-kHuge, with the rounding errors of t - s and of C put back.
+  PD_INLINE V LogRatio(V s, V t) const {
+    const V gap = t - s;
+    const V d = Fms(k, gap, log_ratio), rest = Fms(k, RoundingError(t, s, gap), log_ratio_low);
+    return Min(Set(kHuge), Max(Select(Lt(Abs(rest), Set(1.0f)), d + rest, d), Set(-kHuge)));
+  }
 
   PD_INLINE Tokens At(V s, V t) const {
     const V xs = k * (s - max_s), xt = k * (t - max_t);
-    const V d = Fms(k, t - s, log_ratio);
     return {Exp(xt) * inverse_z_t, Exp(xs) * inverse_z_s, xt - log_z_t, xs - log_z_s,
-            Min(Set(kHuge), Max(d, Set(-kHuge)))};
+            LogRatio(s, t)};
   }
 };
 
@@ -201,6 +212,7 @@ Constants MakeConstants(float k, float max_s, double log_z_s, float max_t, doubl
           Set(static_cast<float>(log_z_s)),
           Set(static_cast<float>(log_z_t)),
           Set(static_cast<float>(c)),
+          Set(static_cast<float>(c - static_cast<float>(c))),
           shape};
 }
 
@@ -425,8 +437,7 @@ PD_INLINE void GradBlock(const Upstream& up, const float* bs, const float* bt, i
       if constexpr (kind == Kind::kForwardKl) {
         g = Exp(at.k * (s - at.max_s)) * soft_q - Exp(at.k * (t - at.max_t)) * soft_p;
       } else if constexpr (kind == Kind::kReverseKl) {
-        const V d = Max(Fms(at.k, t - s, at.log_ratio), Set(-kHuge));
-        g = Exp(at.k * (s - at.max_s)) * soft_q * (Neg(Min(Set(kHuge), d)) - centre);
+        g = Exp(at.k * (s - at.max_s)) * soft_q * (Neg(at.LogRatio(s, t)) - centre);
       } else if constexpr (kind == Kind::kAdaptiveKl) {
         const Tokens x = at.At(s, t);
         g = soft * Fma(head, x.q - x.p, tail * x.q * (Neg(x.d) - centre));
