@@ -122,11 +122,13 @@ def _poisoned_empty() -> Iterator[None]:
     """Let torch fill `torch.empty` with NaN (integers: their maximum)."""
     was = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The public function imports torch's compiler first, which takes seconds.
+    switch = torch._C._set_deterministic_algorithms
+    switch(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was, warn_only=warned)
+        switch(was, warn_only=warned)
 
 
 @contextmanager
