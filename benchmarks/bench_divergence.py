@@ -104,9 +104,16 @@ def step(
     )
 
 
-def compiled_step(x: Inputs, **arguments: Any) -> Step:
+def compiled_step(x: Inputs, *, loss: Loss, **arguments: Any) -> Step:
     torch.compiler.reset()
-    return step(x, loss=torch.compile(forward_kl, dynamic=False), **arguments)
+    return step(x, loss=torch.compile(loss, dynamic=False), **arguments)
+
+
+def trl_step(x: Inputs, **arguments: Any) -> Step:
+    from trl.experimental.gkd import GKDTrainer
+
+    loss = GKDTrainer.generalized_jsd_loss  # [batch, sequence, V]
+    return step(x, loss=lambda s, t: loss(s[None], t[None]), **arguments)
 
 
 def floor(x: Inputs) -> Step:
@@ -114,91 +121,76 @@ def floor(x: Inputs) -> Step:
     return Step(partial(s.add_, x.teacher), partial(s.copy_, x.student))
 
 
-def trl_jsd(x: Inputs, **arguments: Any) -> Step:
-    from trl.experimental.gkd import GKDTrainer
+FLOOR = Contestant("floor: s += t", floor, "floor")
 
-    loss = partial(GKDTrainer.generalized_jsd_loss, reduction="batchmean")
-    return step(x, loss=lambda s, t: loss(s[None], t[None]), **arguments)
+
+def forward_kl_contestants(ours: dict[str, float], theirs: dict[str, float]) -> list[Contestant]:
+    default = partial(step, loss=divergence, kind="forward_kl", limits=ours)
+    over = partial(default, loss=partial(divergence, overwrite_logits=True), overwrite=True)
+    eager = {"loss": forward_kl, "kind": "forward_kl", "limits": theirs}
+    return [
+        Contestant("pydistill", default, against=("eager", "torch.compile")),
+        Contestant("pydistill, overwrite_logits", over, against=("eager", "torch.compile")),
+        Contestant("eager", partial(step, **eager), "peer"),
+        Contestant("torch.compile", partial(compiled_step, **eager), "peer"),
+        FLOOR,
+    ]
+
+
+def kinds_contestants(ours: dict[str, float], theirs: dict[str, float]) -> list[Contestant]:
+    peers = {
+        "reverse_kl": ["eager reverse_kl"],
+        "jsd": ["eager jsd", "TRL jsd"],
+        "tvd": ["eager tvd"],
+    }
+    eagers = {"reverse_kl": reverse_kl, "jsd": jsd, "tvd": tvd}
+    return [
+        *(
+            Contestant(
+                kind,
+                partial(step, loss=partial(divergence, kind=kind), kind=kind, limits=ours),
+                against=tuple(peers.get(kind, ())),
+            )
+            for kind in KINDS
+        ),
+        *(
+            Contestant(f"eager {kind}", partial(step, loss=f, kind=kind, limits=theirs), "peer")
+            for kind, f in eagers.items()
+        ),
+        Contestant("TRL jsd", partial(trl_step, kind="jsd", limits=theirs), "peer"),
+        FLOOR,
+    ]
 
 
 def cases(quick: bool = False) -> list[Case]:
+    """Forward KL at each shape and dtype of the case table, every kind at the smaller shape."""
     out = []
     for table in CASES:
         if "bench" not in table.marks or table.kind != "forward_kl":
             continue
         (rows, vocab), dtype = table.shape, table.dtypes[0]
-        share = (min(rows, 32) if quick else rows) / rows
-        label = f"{DTYPES[dtype]} ({round(share * rows)}, {vocab})"
-        ours, theirs = LIMITS[dtype], EAGER_LIMITS[dtype]
+        count = min(rows, 32) if quick else rows
+        label = f"{DTYPES[dtype]} ({count}, {vocab})"
+        limits = LIMITS[dtype], EAGER_LIMITS[dtype]
         chosen = _registry.explain(_registry.OPERATORS["divergence"], "cpu", dtype)
         build = partial(
             Case,
-            bytes=share * table.bytes["overwrite"],
-            flops=share * table.flops["overwrite"],
-            roof="add",
-            inputs=partial(Inputs, table, round(share * rows)),
+            bytes=table.bytes["overwrite"] * count / rows,
+            flops=table.flops["overwrite"] * count / rows,
+            inputs=partial(Inputs, table, count),
             notes={"backend": f"{chosen.backend} ({chosen.reason})"},
         )
-        ground = Contestant("floor: s += t", floor, "floor")
-        kl = {"kind": "forward_kl", "limits": ours}
-        eager = {"loss": forward_kl, "kind": "forward_kl", "limits": theirs}
-        peers = ("eager", "torch.compile")
-        default, overwrite = "pydistill", "pydistill, overwrite_logits"
-        out.append(
-            build(
-                f"forward_kl {label}",
-                contestants=(
-                    Contestant(default, partial(step, loss=divergence, **kl), against=peers),
-                    Contestant(
-                        overwrite,
-                        partial(
-                            step,
-                            loss=partial(divergence, overwrite_logits=True),
-                            overwrite=True,
-                            **kl,
-                        ),
-                        against=peers,
-                    ),
-                    Contestant("eager", partial(step, **eager), "peer"),
-                    Contestant(
-                        "torch.compile",
-                        partial(compiled_step, kind="forward_kl", limits=theirs),
-                        "peer",
-                    ),
-                    ground,
-                ),
-                claims=(
-                    Claim(default, "eager", at_least=8.0),
-                    Claim(default, "torch.compile", at_least=4.0),
-                    Claim(overwrite, ground.name, at_most=AT_MOST[dtype, table.shape]),
-                ),
-            )
+        claims = (
+            Claim("pydistill", "eager", at_least=8.0),
+            Claim("pydistill", "torch.compile", at_least=4.0),
+            Claim("pydistill, overwrite_logits", FLOOR.name, at_most=AT_MOST[dtype, table.shape]),
         )
-        if vocab != 32000:
-            continue
-        losses = {"reverse_kl": reverse_kl, "jsd": jsd, "tvd": tvd}
-        eagers = [
-            Contestant(f"eager {k}", partial(step, loss=f, kind=k, limits=theirs), "peer")
-            for k, f in losses.items()
-        ]
-        eagers.append(Contestant("TRL jsd", partial(trl_jsd, kind="jsd", limits=theirs), "peer"))
-        kinds = [
-            Contestant(
-                kind,
-                partial(step, loss=partial(divergence, kind=kind), kind=kind, limits=ours),
-                against=tuple(c.name for c in eagers if c.name.split()[1] == kind),
-            )
-            for kind in KINDS
-        ]
-        out.append(
-            build(
-                f"kinds {label}",
-                contestants=(*kinds, *eagers, ground),
-                claims=tuple(
-                    Claim(k, "forward_kl", at_most=2.0) for k in KINDS if k != "forward_kl"
-                ),
-            )
-        )
+        contestants = tuple(forward_kl_contestants(*limits))
+        out.append(build(f"forward_kl {label}", contestants=contestants, claims=claims))
+        if vocab == 32000:
+            claims = tuple(Claim(k, "forward_kl", at_most=2.0) for k in KINDS if k != "forward_kl")
+            contestants = tuple(kinds_contestants(*limits))
+            out.append(build(f"kinds {label}", contestants=contestants, claims=claims))
     return out
 
 
