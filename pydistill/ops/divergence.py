@@ -227,7 +227,7 @@ def _prepare(
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
         raise TypeError(f"{name} is {value!r}; pass a finite number.")
     return float(value)
 
@@ -415,15 +415,20 @@ class _Divergence(torch.autograd.Function):
     """(student, ...) -> (loss [R], saved [R, SAVED], stats). No `jvp`, so that Dynamo accepts it."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(Inputs(*args[:7]), *args[7:])
+    def forward(
+        student: Tensor, teacher: Tensor, student_rows: Tensor | None, teacher_rows: Tensor | None,
+        counted: Tensor | None, labels: Tensor | None, params: Tensor | None, options: Options, backend: str,
+        with_stats: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        # Named one by one: where nothing requires grad, Dynamo would hand a ctx to `*args`.
+        inputs = Inputs(student, teacher, student_rows, teacher_rows, counted, labels, params)
+        return _forward(inputs, options, backend, with_stats)
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, saved, stats = output
         ctx.mark_non_differentiable(saved, stats)
         ctx.save_for_backward(*args[:7], saved)
-        ctx.save_for_forward(*args[:7], saved)
         ctx.options, ctx.backend, _ = args[7:]
         ctx.set_materialize_grads(False)  # a zero tangent of the teacher would look like a real one
 
@@ -441,6 +446,11 @@ class _Divergence(torch.autograd.Function):
 
 class _DivergenceJvp(_Divergence):
     """The eager form: forward-mode derivatives through `jvp`."""
+
+    @staticmethod
+    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _Divergence.setup_context(ctx, args, output)
+        ctx.save_for_forward(*args[:7], output[1])  # Dynamo would append these to saved_tensors
 
     @staticmethod
     def jvp(ctx: Any, student_tangent: Tensor | None, *tangents: Any) -> tuple[Tensor | None, None, None]:
@@ -461,8 +471,12 @@ class _DivergenceBackward(torch.autograd.Function):
     """(student, ..., saved, upstream [R]) -> gradient [S, V_s] in the student's dtype; raises if differentiated again."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        inputs, (saved, grad_rows, options, backend) = Inputs(*args[:7]), args[7:]
+    def forward(
+        student: Tensor, teacher: Tensor, student_rows: Tensor | None, teacher_rows: Tensor | None,
+        counted: Tensor | None, labels: Tensor | None, params: Tensor | None, saved: Tensor, grad_rows: Tensor,
+        options: Options, backend: str,
+    ) -> Tensor:  # fmt: skip
+        inputs = Inputs(student, teacher, student_rows, teacher_rows, counted, labels, params)
         if inputs.counted is not None:
             grad_rows = torch.where(inputs.counted, grad_rows, 0)
         grouped: tuple[Tensor | None, Tensor | None] = (None, None)

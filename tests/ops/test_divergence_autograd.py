@@ -132,7 +132,7 @@ def test_dtypes(dtype: torch.dtype, impl: str) -> None:
 
 
 def test_autocast_changes_nothing(impl: str) -> None:
-    """The loss is fp32 whatever autocast says; half logits of an autocast matmul stay as they are."""
+    """The loss is fp32 whatever autocast says; half logits of an autocast matmul stay half."""
     hidden, head, teacher = (
         torch.randn(4, 6),
         torch.randn(6, 19, requires_grad=True),
