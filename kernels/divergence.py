@@ -1,21 +1,22 @@
-"""Triton kernels of `divergence`: row losses and what backward needs, gradients, and the two in place.
+"""Triton kernels of `divergence`: row losses and what backward needs, gradients, both in place.
 
 The maths is docs/ops/divergence.md: for every pair of a student row s and a teacher row t,
 
     loss = (1 - label_weight) * t2 * D(p, q) + label_weight * CE(s, label) + z_loss * lse(s)^2
     dD/ds_j = k * (q_j h_j - q_j c),   k = 1 / T,   c = sum q h
 
-`_terms` is the one place that knows a kind's D and q h; forward sums it, backward evaluates it again.
+A kind's D and q h are `_common/divergences.py`.
 
-Shapes: student [S, V_s], teacher [T, V_t], loss [R], saved [R, 8], stats [R, 6] or [0, 6], gradient [S, V_s].
-fp32, bf16 or fp16 logits, each side its own; all arithmetic is fp32.
+Shapes: student [S, V_s], teacher [T, V_t], loss [R], saved [R, 8], stats [R, 6] or [0, 6], gradient
+[S, V_s]. fp32, bf16 or fp16 logits, each side its own; all arithmetic is fp32.
 
-A program of forward owns one pair, a program of backward one student row; each runs over its rows in blocks. The sums
-of a row stay spread over the threads, one partial sum a lane, until the row ends: only the two maxima cross threads in
-every block. Bytes: the two KLs read both rows once, since their sums are taken about a constant known after the first
-block; only a row whose value would cancel is swept again. Other kinds read twice, for the normalisers and for the
-terms, and so do statistics. `adaptive_kl` must also find the boundary of the teacher's head and reads the teacher up to
-eight more times (fp32; four for bf16, five for fp16). Backward reads once and writes once.
+A program of forward owns one pair, a program of backward one student row; each runs over its rows
+in blocks. The sums of a row stay spread over the threads, one partial sum a lane, until the row
+ends: only the two maxima cross threads in every block. Bytes: the two KLs read both rows once,
+since their sums are taken about a constant known after the first block; only a row whose value
+would cancel is swept again. Other kinds read twice, for the normalisers and for the terms, and so
+do statistics. `adaptive_kl` must also find the boundary of the teacher's head and reads the teacher
+up to eight more times (fp32; four for bf16, five for fp16). Backward reads once and writes once.
 """
 
 import math
@@ -25,6 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pydistill.kernels._common.divergences import (
+    ADAPTIVE_KL,
+    ALPHA_BETA,
+    CHI2,
+    FORWARD_KL,
+    REVERSE_KL,
+    TODI,
+    infinite_tokens,
+    log_ratio,
+    parameters_valid,
+    terms,
+)
 from pydistill.kernels._common.launch import on_device, warps_for
 from pydistill.kernels._common.numerics import (
     FAR,
@@ -38,13 +51,10 @@ from pydistill.kernels._common.numerics import (
     weighted_phi,
 )
 
-FORWARD_KL, REVERSE_KL, JSD, TVD, SKEW_FORWARD_KL, SKEW_REVERSE_KL = map(tl.constexpr, range(6))
-ALPHA_BETA, ADAPTIVE_KL, HELLINGER, CHI2, TODI = map(tl.constexpr, range(6, 11))
 SAVED = tl.constexpr(8)  # max s, log Zs, max t, log Zt, D, c, log Z1, w
 STATS = tl.constexpr(6)
 
-ELEMENTS_PER_THREAD = 8  # 16 bytes a load for 2-byte logits, two such loads for fp32
-MAX_BLOCK = 2048
+THREADS = 256  # of a program on a long row; each takes 16 bytes at a load
 # Beyond this, exp in units of the other side's largest term leaves what fp32 can sum to any use.
 _REACH = tl.constexpr(40.0)
 _SEARCH_WAYS = tl.constexpr(16)
@@ -67,134 +77,16 @@ def _parameters(row_params, pair, temperature, alpha, beta):
 
 
 @triton.jit
-def _parameters_valid(KIND: tl.constexpr, temperature, alpha, beta):
-    valid = (temperature > 0.0) & (temperature < INF)
-    if KIND == JSD:
-        valid = valid & (beta > 0.0) & (beta < 1.0)
-    elif (KIND == SKEW_FORWARD_KL) or (KIND == SKEW_REVERSE_KL):
-        valid = valid & (alpha > 0.0) & (alpha < 1.0)
-    else:
-        valid = valid & (tl.abs(alpha) < INF) & (tl.abs(beta) < INF)
-    return valid
-
-
-@triton.jit
-def _log_ratio(s, t, k, offset):
-    """d = k (t - s) - offset; 0 where neither side has the token, +-FAR where one has not."""
-    d = tl.where((s == -INF) & (t == -INF), 0.0, k * (t - s) - offset)
-    return tl.minimum(tl.maximum(d, -FAR), FAR)
-
-
-@triton.jit
-def _to_mixture(d, e, share_of_p):
-    """x = log(p / M) and y = log(q / M), M = share p + (1 - share) q; e = expm1(-|d|)."""
-    share_of_larger = tl.where(d >= 0.0, share_of_p, 1.0 - share_of_p)
-    larger = -log1p((1.0 - share_of_larger) * e)
-    smaller = larger - tl.abs(d)
-    return tl.where(d >= 0.0, larger, smaller), tl.where(d >= 0.0, smaller, larger)
-
-
-@triton.jit
-def _alpha_beta_terms(log_p, log_q, d, alpha, beta):
-    """Written with the larger of |alpha|, |beta| as divisor, the limits at 0 are terms that vanish."""
-    absent = (log_p == -INF) & (log_q == -INF)  # a negative exponent would make it infinite
-    log_p, log_q = tl.maximum(log_p, -FAR), tl.maximum(log_q, -FAR)
-    total = alpha + beta
-    p_s, q_s = tl.exp(total * log_p), tl.exp(total * log_q)
-    p_a_q_b = tl.exp(alpha * log_p + beta * log_q)
-    by_q = tl.abs(beta) >= tl.abs(alpha)
-    large = tl.where(by_q, beta, alpha)
-    small = tl.where(by_q, alpha, beta)
-    lead = tl.where(by_q, q_s, p_s)
-    other = tl.where(by_q, p_s, q_s)
-    d_lead = tl.where(by_q, d, -d)
-    per_total = tl.where(total == 0.0, 0.0, 1.0 / total)
-    per_small = tl.where(small == 0.0, 0.0, 1.0 / small)
-    near = weighted_phi(lead, other, -total * d_lead) * per_total
-    near = near - weighted_phi(lead, p_a_q_b, -small * d_lead) * per_small
-    far = (other - lead) * per_total - (p_a_q_b - lead) * per_small
-    is_far = (tl.abs(total * d) >= 0.5) & (tl.abs(small * d) >= 0.5)
-    origin = large == 0.0
-    term = tl.where(is_far, far, near) / tl.where(origin, 1.0, large)
-    term = tl.where(origin, 0.5 * d * d, term)
-
-    x = alpha * d
-    per_alpha = tl.where(alpha == 0.0, 0.0, 1.0 / alpha)
-    slope = q_s * (d + phi(-x) * per_alpha)  # q^s expm1(x) / alpha
-    q_h = -tl.where(tl.abs(x) < 0.5, slope, (p_a_q_b - q_s) * per_alpha)
-    return tl.where(absent, 0.0, term), tl.where(absent, 0.0, q_h)
-
-
-@triton.jit
-def _terms(KIND: tl.constexpr, log_p, log_q, d, alpha, beta):
-    """A block's terms of D, and q h up to what drops out, for rows where D is finite.
-
-    `adaptive_kl` mixes two kinds with weights of the whole row, so its callers ask for those.
-    """
-    p, q = tl.exp(log_p), tl.exp(log_q)
-    a = tl.abs(d)
-    larger = tl.maximum(p, q)
-    if KIND == FORWARD_KL:
-        return weighted_phi(p, q, d), -p
-    elif KIND == REVERSE_KL:
-        return weighted_phi(q, p, -d), -q * d
-    elif KIND == JSD:
-        x, y = _to_mixture(d, expm1(-a), beta)
-        mixture = beta * p + (1.0 - beta) * q
-        term = beta * weighted_phi(p, mixture, x) + (1.0 - beta) * weighted_phi(q, mixture, y)
-        return term, (1.0 - beta) * q * y
-    elif KIND == TVD:
-        sign = tl.where(d > 0.0, -0.5, tl.where(d < 0.0, 0.5, 0.0))
-        return -0.5 * larger * expm1(-a), q * sign
-    elif KIND == SKEW_FORWARD_KL:
-        x, _ = _to_mixture(d, expm1(-a), alpha)
-        mixture = alpha * p + (1.0 - alpha) * q
-        return weighted_phi(p, mixture, x), -(1.0 - alpha) * q * tl.exp(x)
-    elif KIND == SKEW_REVERSE_KL:
-        _, y = _to_mixture(d, expm1(-a), 1.0 - alpha)
-        mixture = (1.0 - alpha) * p + alpha * q
-        return weighted_phi(q, mixture, y), q * (y + 1.0 - alpha * tl.exp(y))
-    elif KIND == ALPHA_BETA:
-        return _alpha_beta_terms(log_p, log_q, d, alpha, beta)
-    elif KIND == HELLINGER:
-        root = expm1(-0.5 * a)  # -(sqrt larger - sqrt smaller) / sqrt larger
-        return larger * root * root, larger * root * tl.where(d >= 0.0, 1.0 + root, -1.0)
-    elif KIND == CHI2:
-        ratio = tl.where(d >= 0.0, tl.exp(log_p + d), q)  # p^2 / q, or q
-        e = expm1(-a)
-        return ratio * e * e, tl.where(d >= 0.0, ratio, -ratio) * expm1(-2.0 * a)
-    else:
-        tl.static_assert(KIND == TODI)
-        w = 1.0 / (1.0 + tl.exp(-d))
-        return -larger * a * expm1(-a), (1.0 - w) * q * (1.0 - d) - w * p
-
-
-@triton.jit
-def _infinite(KIND: tl.constexpr, s, t, alpha, beta):
-    """Tokens that exactly one side lacks and that make D infinite."""
-    no_q = (s == -INF) & (t > -INF)
-    no_p = (t == -INF) & (s > -INF)
-    if (KIND == FORWARD_KL) or (KIND == CHI2):
-        return no_q
-    elif KIND == REVERSE_KL:
-        return no_p
-    elif (KIND == ADAPTIVE_KL) or (KIND == TODI):
-        return no_q | no_p
-    else:
-        tl.static_assert(KIND == ALPHA_BETA)
-        total = alpha + beta
-        power_of_q, power_of_p = tl.minimum(beta, total), tl.minimum(alpha, total)
-        return tl.where(no_q, power_of_q, tl.where(no_p, power_of_p, 1.0)) <= 0.0
-
-
-@triton.jit
 def _sweep(
-    row_s, row_t, vocab, k, about, estimate, KIND: tl.constexpr, NEED_Z1: tl.constexpr, BLOCK: tl.constexpr
+    row_s, row_t, vocab, k, about, estimate,
+    KIND: tl.constexpr, NEED_Z1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One pass over both rows: maxima and sums of exponentials, and for a KL its sums about `about`.
+    """One pass over both rows: maxima and sums of exponentials, and for a KL its sums about
+    `about`.
 
-    With `lead` the side the KL averages over, d0 = k (lead - other) - about: sums of e_lead phi(d0) and e_lead d0. With
-    `estimate`, `about` comes from the first block. `reach` is the largest log of (other / lead) in units of the sums.
+    With `lead` the side the KL averages over, d0 = k (lead - other) - about: sums of e_lead
+    phi(d0) and e_lead d0. With `estimate`, `about` comes from the first block. `reach` is the
+    largest log of (other / lead) in units of the sums.
     """
     lanes = tl.arange(0, BLOCK)
     max_s, max_t = tl.full((), -INF, tl.float32), tl.full((), -INF, tl.float32)
@@ -227,7 +119,7 @@ def _sweep(
             if estimate & (start == 0):
                 about = apart + tl.log(tl.sum(e_lead, 0) / tl.sum(e_other, 0))
                 about = tl.where(tl.abs(about) < FAR, about, 0.0)
-            d0 = _log_ratio(other, lead, k, about)
+            d0 = log_ratio(other, lead, k, about)
             reach = tl.maximum(reach, about - apart)
             other_in_units = e_other * tl.exp(tl.minimum(about - apart, _REACH))
             term = weighted_phi(e_lead, other_in_units, d0)
@@ -242,10 +134,12 @@ def _sweep(
 def _kl_sweeps(
     row_s, row_t, vocab, k, KIND: tl.constexpr, NEED_Z1: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Maxima, sums and the KL of a row, in one pass unless the value would cancel; and what is added to D for c.
+    """Maxima, sums and the KL of a row, in one pass unless the value would cancel; and what is
+    added to D for c.
 
-    With A = sum p phi(d0), B = sum p d0 and C the true constant, delta = C - C0 = -log1p(A - B), and KL is A - phi(delta)
-    or B - delta. The first is exact unless it cancels, the second once KL is not small; if neither, C0 was too far off.
+    With A = sum p phi(d0), B = sum p d0 and C the true constant, delta = C - C0 = -log1p(A -
+    B), and KL is A - phi(delta) or B - delta. The first is exact unless it cancels, the second
+    once KL is not small; if neither, C0 was too far off.
     """
     max_s = tl.full((), 0.0, tl.float32)
     z_s, max_t, z_t, z_1, value, adjust, about = max_s, max_s, max_s, max_s, max_s, max_s, max_s
@@ -281,11 +175,13 @@ def _kl_sweeps(
 
 @triton.jit
 def _head(row_t, vocab, k, max_t, z_t, depth, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """The teacher's head for adaptive_kl: tokens above a boundary logit, and how many at it, in token order.
+    """The teacher's head for adaptive_kl: tokens above a boundary logit, and how many at it, in
+    token order.
 
-    The boundary is the largest logit at or above which lies more than half of the mass; it is at least
-    max t - T (log 2V + 1), since rarer tokens hold less than half together. A 16-way bisection of the ordered integers
-    of the logits finds it exactly. `KEY_SHIFT` drops the bits that the teacher's dtype does not have.
+    The boundary is the largest logit at or above which lies more than half of the mass; it is
+    at least max t - T (log 2V + 1), since rarer tokens hold less than half together. A 16-way
+    bisection of the ordered integers of the logits finds it exactly. `KEY_SHIFT` drops the bits
+    that the teacher's dtype does not have.
     """
     lanes = tl.arange(0, BLOCK)
     ways = tl.arange(1, _SEARCH_WAYS + 1)
@@ -319,15 +215,17 @@ def _term_sweep(
     row_s, row_t, vocab, k, max_s, log_zs, max_t, log_zt, alpha, beta, boundary, at_boundary,
     KIND: tl.constexpr, WITH_STATS: tl.constexpr, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The second pass, with the normalisers known: D, c and w (nothing for a KL, which has them), and statistics.
+    """The second pass, with the normalisers known: D, c and w (nothing for a KL, which has them),
+    and statistics.
 
-    Its offset of d is rounded as backward will round it, so that c cancels there what that rounding adds to h.
+    Its offset of d is rounded as backward will round it, so that c cancels there what that
+    rounding adds to h.
     """
     lanes = tl.arange(0, BLOCK)
     value, centre = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     error, head_error, entropy_s, entropy_t, common = value, value, value, value, value
-    first_s, first_t = tl.full((BLOCK,), vocab, tl.int32), tl.full((BLOCK,), vocab, tl.int32)
     ties = tl.full((), 0, tl.int32)
+    first_s, first_t = ties + vocab, ties + vocab
     offset = k * (max_t - max_s) + log_zt - log_zs
     for start in range(0, vocab, BLOCK):
         at = start + lanes
@@ -336,8 +234,8 @@ def _term_sweep(
         log_q, log_p = k * (s - max_s) - log_zs, k * (t - max_t) - log_zt
         p, q = tl.exp(log_p), tl.exp(log_q)
         if KIND == ADAPTIVE_KL:
-            d = _log_ratio(s, t, k, offset)
-            infinite = _infinite(KIND, s, t, alpha, beta)
+            d = log_ratio(s, t, k, offset)
+            infinite = infinite_tokens(KIND, s, t, alpha, beta)
             value += tl.where(infinite, INF, weighted_phi(p, q, d))
             centre += tl.where(infinite, INF, weighted_phi(q, p, -d))
             token_error = -tl.maximum(p, q) * expm1(-tl.abs(d))
@@ -349,24 +247,24 @@ def _term_sweep(
             error += token_error
             head_error += tl.where(in_head, token_error, 0.0)
         elif (KIND != FORWARD_KL) and (KIND != REVERSE_KL):
-            d = _log_ratio(s, t, k, offset)
-            term, q_h = _terms(KIND, log_p, log_q, d, alpha, beta)
+            d = log_ratio(s, t, k, offset)
+            term, q_h = terms(KIND, log_p, log_q, d, alpha, beta)
             if (KIND == CHI2) or (KIND == ALPHA_BETA) or (KIND == TODI):
-                term = tl.where(_infinite(KIND, s, t, alpha, beta), INF, term)
+                term = tl.where(infinite_tokens(KIND, s, t, alpha, beta), INF, term)
             value += term
             centre += q_h
         if WITH_STATS:
             entropy_s -= q * tl.maximum(log_q, -FAR)
             entropy_t -= p * tl.maximum(log_p, -FAR)
             common += tl.minimum(p, q)
-            first_s = tl.minimum(first_s, tl.where(s == max_s, at, vocab))
-            first_t = tl.minimum(first_t, tl.where(t == max_t, at, vocab))
+            first_s = tl.minimum(first_s, tl.min(tl.where(s == max_s, at, vocab), 0))
+            first_t = tl.minimum(first_t, tl.min(tl.where(t == max_t, at, vocab), 0))
     d_value, c, w = tl.sum(value, 0), tl.sum(centre, 0), tl.sum(head_error, 0)
     if KIND == ADAPTIVE_KL:
         total = tl.sum(error, 0)
         w = tl.where(total == 0.0, 0.5, w / tl.where(total == 0.0, 1.0, total))
         d_value = tl.where(d_value + c < INF, w * d_value + (1.0 - w) * c, INF)
-    agree = (tl.min(first_s, 0) == tl.min(first_t, 0)).to(tl.float32)
+    agree = (first_s == first_t).to(tl.float32)
     return d_value, c, w, tl.sum(entropy_s, 0), tl.sum(entropy_t, 0), tl.sum(common, 0), agree
 
 
@@ -414,7 +312,7 @@ def _divergence_forward(
             return
     at_s, at_t = _row(student_rows, pair), _row(teacher_rows, pair)
     temperature, alpha, beta = _parameters(row_params, pair, temperature, alpha, beta)
-    valid = _parameters_valid(KIND, temperature, alpha, beta)
+    valid = parameters_valid(KIND, temperature, alpha, beta)
     valid = valid & (at_s >= 0) & (at_s < student_count) & (at_t >= 0) & (at_t < teacher_count)
     if labels is not None:
         label = tl.load(labels + pair)
@@ -476,8 +374,8 @@ def _divergence_forward(
 
 @triton.jit
 def _pair_constants(
-    pair, teacher, teacher_rows, labels, row_params, saved, upstream, teacher_stride, vocab, temperature,
-    alpha, beta, label_weight, z_loss, SCALE_T2: tl.constexpr, WITH_HARD: tl.constexpr,
+    pair, teacher, teacher_rows, labels, row_params, saved, upstream, teacher_stride, vocab,
+    temperature, alpha, beta, label_weight, z_loss, SCALE_T2: tl.constexpr, WITH_HARD: tl.constexpr,
 ):  # fmt: skip
     """What backward needs of a pair besides logits; a flagged pair's teacher row is not to be read."""
     temperature, alpha, beta = _parameters(row_params, pair, temperature, alpha, beta)
@@ -498,7 +396,8 @@ def _pair_constants(
             hard = upstream * (label_weight + 2.0 * z_loss * lse)
             picked = upstream * label_weight
     return (
-        row_t, teacher_vocab, k, max_s, log_zs, max_t, log_zt, c, w, alpha, beta, soft, hard, picked, label, lse,
+        row_t, teacher_vocab, k, max_s, log_zs, max_t, log_zt, c, w, alpha, beta, soft, hard,
+        picked, label, lse,
     )  # fmt: skip
 
 
@@ -506,7 +405,8 @@ def _pair_constants(
 def _gradient(s, at, constants, KIND: tl.constexpr, WITH_HARD: tl.constexpr):
     """A block of one pair's gradient, times its upstream."""
     (
-        row_t, teacher_vocab, k, max_s, log_zs, max_t, log_zt, c, w, alpha, beta, soft, hard, picked, label, lse,
+        row_t, teacher_vocab, k, max_s, log_zs, max_t, log_zt, c, w, alpha, beta, soft, hard,
+        picked, label, lse,
     ) = constants  # fmt: skip
     t = load_fp32(row_t + at, at < teacher_vocab)
     log_q, log_p = k * (s - max_s) - log_zs, k * (t - max_t) - log_zt
@@ -514,11 +414,11 @@ def _gradient(s, at, constants, KIND: tl.constexpr, WITH_HARD: tl.constexpr):
     if KIND == FORWARD_KL:
         gradient = q - p
     else:
-        d = _log_ratio(s, t, k, k * (max_t - max_s) + log_zt - log_zs)
+        d = log_ratio(s, t, k, k * (max_t - max_s) + log_zt - log_zs)
         if KIND == ADAPTIVE_KL:
             gradient = w * (q - p) - (1.0 - w) * (q * d + q * c)
         else:
-            _, q_h = _terms(KIND, log_p, log_q, d, alpha, beta)
+            _, q_h = terms(KIND, log_p, log_q, d, alpha, beta)
             gradient = q_h - q * c
     gradient = soft * gradient
     if WITH_HARD:
@@ -528,12 +428,13 @@ def _gradient(s, at, constants, KIND: tl.constexpr, WITH_HARD: tl.constexpr):
 
 @triton.jit
 def _divergence_backward(
-    student, teacher, student_rows, teacher_rows, row_start, pairs, labels, row_params, saved, upstreams,
-    grad, student_count, student_stride, teacher_stride, grad_stride, columns, vocab, temperature,
-    alpha, beta, label_weight, z_loss, KIND: tl.constexpr, SCALE_T2: tl.constexpr,
+    student, teacher, student_rows, teacher_rows, row_start, pairs, labels, row_params, saved,
+    upstreams, grad, student_count, student_stride, teacher_stride, grad_stride, columns, vocab,
+    temperature, alpha, beta, label_weight, z_loss, KIND: tl.constexpr, SCALE_T2: tl.constexpr,
     WITH_HARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One student row: the sum of its pairs' gradients. `grad` may be `student`: a block is read before it is written.
+    """One student row: the sum of its pairs' gradients. `grad` may be `student`: a block is read
+    before it is written.
 
     With `row_start` and `pairs` a program owns a student row, else the one pair of its number.
     """
@@ -595,7 +496,7 @@ def divergence_fwd(
     if loss.shape[0] == 0:
         return
     with_hard = label_weight != 0.0 or z_loss != 0.0
-    block = _block(vocab)
+    block, warps = _shape(vocab, student, teacher)
     with on_device(student):
         _divergence_forward[(loss.shape[0],)](
             student, teacher, student_rows, teacher_rows,
@@ -605,8 +506,7 @@ def divergence_fwd(
             KIND=kind, SCALE_T2=scale_t2, WITH_HARD=with_hard,
             NEED_Z1=with_hard and (params is not None or temperature != 1.0),
             WITH_STATS=stats.numel() > 0, KEY_SHIFT=_UNUSED_BITS[teacher.dtype],
-            SEARCH_BLOCK=min(block, 1024), BLOCK=block,
-            num_warps=warps_for(block, ELEMENTS_PER_THREAD),
+            SEARCH_BLOCK=min(block, 1024), BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
 
@@ -616,18 +516,20 @@ def divergence_bwd(
     saved: Tensor, grad_rows: Tensor, kind: int, temperature: float, alpha: float, beta: float,
     scale_t2: bool, label_weight: float, z_loss: float, vocab: int, grad: Tensor,
 ) -> None:  # fmt: skip
-    """Writes `grad [S, V_s]`, the gradient of sum(grad_rows * loss); `row_start` and `pairs` go with `student_rows`."""
+    """Writes `grad [S, V_s]`, the gradient of sum(grad_rows * loss); `row_start` and `pairs` go
+    with `student_rows`.
+    """
     programs = grad_rows.shape[0] if row_start is None else student.shape[0]
     if programs == 0:
         return
-    block = _block(vocab)
+    block, warps = _shape(vocab, student, teacher)
     with on_device(student):
         _divergence_backward[(programs,)](
             student, teacher, student_rows, teacher_rows, row_start, pairs, labels, params, saved,
             grad_rows, grad, student.shape[0], student.stride(0), teacher.stride(0), grad.stride(0),
             student.shape[1], vocab, temperature, alpha, beta, label_weight, z_loss, KIND=kind,
             SCALE_T2=scale_t2, WITH_HARD=label_weight != 0.0 or z_loss != 0.0, BLOCK=block,
-            num_warps=warps_for(block, ELEMENTS_PER_THREAD),
+            num_warps=warps,
         )  # fmt: skip
 
 
@@ -637,7 +539,9 @@ def divergence_overwrite(
     kind: int, temperature: float, alpha: float, beta: float, scale_t2: bool, label_weight: float,
     z_loss: float, vocab: int, loss: Tensor,
 ) -> None:  # fmt: skip
-    """Writes `loss`, then over the rows of `student` the gradient of sum(scale_rows * loss); each row at most once."""
+    """Writes `loss`, then over the rows of `student` the gradient of sum(scale_rows * loss); each
+    row at most once.
+    """
     options = (kind, temperature, alpha, beta, scale_t2, label_weight, z_loss, vocab)
     saved = torch.empty((loss.shape[0], SAVED.value), dtype=torch.float32, device=loss.device)
     inputs = (student, teacher, student_rows, teacher_rows)
@@ -649,5 +553,10 @@ def divergence_overwrite(
 _UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
-def _block(vocab: int) -> int:
-    return min(MAX_BLOCK, max(256, triton.next_power_of_2(vocab)))
+def _shape(vocab: int, student: Tensor, teacher: Tensor) -> tuple[int, int]:
+    """A program's block and warps: every thread loads 16 bytes at once from the side with the
+    smaller dtype.
+    """
+    elements = 16 // min(student.element_size(), teacher.element_size())
+    block = elements * min(THREADS, max(64, triton.next_power_of_2(vocab) // elements))
+    return block, warps_for(block, elements)

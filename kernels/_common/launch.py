@@ -10,12 +10,16 @@ from torch import Tensor
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """The device of `x` made current: Triton launches on the current device, whatever the tensors say."""
+    """The device of `x` made current: Triton launches on the current device, whatever the tensors
+    say.
+    """
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def warps_for(block: int, elements_per_thread: int) -> int:
-    """Warps of a program whose threads hold `elements_per_thread` of each block of `block` elements."""
+    """Warps of a program whose threads hold `elements_per_thread` of each block of `block`
+    elements.
+    """
     if triton.knobs.runtime.interpret:
         return 1
     warp = triton.runtime.driver.active.get_current_target().warp_size
