@@ -398,6 +398,8 @@ def _loss_rows(call: _Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
         entropy = stats[:, ENTROPY_T].detach()
         if options.scale_t2:
             entropy = entropy * (options.temperature if inputs.params is None else inputs.params[:, 0]) ** 2
+        if inputs.counted is not None:  # the statistics of other rows are NaN
+            entropy = torch.where(inputs.counted, entropy, 0)
         loss = loss + (1 - options.label_weight) * entropy
     return loss, stats
 

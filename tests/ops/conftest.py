@@ -1,8 +1,7 @@
 """The backends of this machine, for the tests of one operator (the module's `OP`).
 
-`backend` runs a test on the reference and on every instruction set; `impl` on the reference and on
-the native kernels as they are chosen by default, for what does not hang on the instruction set.
-Where the native kernels are missing, impl="cpu" still runs: through the whole torch layer, with the
+`impl` runs a test on the reference and on the native kernels as they are chosen by default, which
+is enough for what does not hang on the instruction set; `each_cpu` on every instruction set. Where the native kernels are missing, impl="cpu" still runs: through the whole torch layer, with the
 reference in the kernels' place, so that autograd, vmap and compile are tested without a compiler.
 """
 
@@ -33,12 +32,10 @@ def kernel_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return "cpu"
 
 
-@pytest.fixture(params=["reference", *(_native.supported_capabilities() or ["cpu"])])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        yield "reference"
-    elif not native(request.module.OP):
+@pytest.fixture(params=_native.supported_capabilities() or ["cpu"])
+def each_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels alone, in each instruction set."""
+    if not native(request.module.OP):
         pytest.skip(f"the native library has no kernel of {request.module.OP}; run `make build`")
-    else:
-        with _native.use_capability(request.param):
-            yield "cpu"
+    with _native.use_capability(request.param):
+        yield "cpu"
