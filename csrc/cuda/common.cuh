@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <type_traits>
 
 #include "cuda/launch.h"
 
@@ -62,14 +63,27 @@ __device__ __forceinline__ bool is_wide_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % sizeof(uint4) == 0;
 }
 
-// values[i] = row[start + i] for start + i < n, and `fill` beyond. `wide` promises that row is
-// 16-byte aligned and start a multiple of kTile; whole tiles then move 16 bytes at a time.
-template <int kTile, class T>
-__device__ __forceinline__ void load_tile(const T* row, int64_t start, int64_t n, bool wide,
-                                          float fill, float (&values)[kTile]) {
+// Where tiles of a row begin so that they are 16-byte aligned: 0, or a few elements before the row.
+template <class T>
+__device__ __forceinline__ int tile_origin(const T* row) {
+  return -static_cast<int>(reinterpret_cast<uintptr_t>(row) % sizeof(uint4) / sizeof(T));
+}
+
+// 0 <= i < n in one comparison.
+template <class Index>
+__device__ __forceinline__ bool is_inside(Index i, Index n) {
+  using Unsigned = std::make_unsigned_t<Index>;
+  return static_cast<Unsigned>(i) < static_cast<Unsigned>(n);
+}
+
+// values[i] = row[start + i] for 0 <= start + i < n, and `fill` outside. `wide` promises that
+// row + start is 16-byte aligned; whole tiles then move 16 bytes at a time.
+template <int kTile, class T, class Index>
+__device__ __forceinline__ void load_tile(const T* row, Index start, Index n, bool wide, float fill,
+                                          float (&values)[kTile]) {
   constexpr int kPack = sizeof(uint4) / sizeof(T);
   static_assert(kTile % kPack == 0, "a tile is a whole number of 16-byte packs");
-  if (wide && start + kTile <= n) {
+  if (wide && start >= 0 && start + kTile <= n) {
 #pragma unroll
     for (int p = 0; p < kTile / kPack; ++p) {
       const uint4 pack = *reinterpret_cast<const uint4*>(row + start + p * kPack);
@@ -79,17 +93,18 @@ __device__ __forceinline__ void load_tile(const T* row, int64_t start, int64_t n
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) values[i] = start + i < n ? to_float(row[start + i]) : fill;
+    for (int i = 0; i < kTile; ++i)
+      values[i] = is_inside(start + i, n) ? to_float(row[start + i]) : fill;
   }
 }
 
-// The inverse: row[start + i] = values[i] for start + i < n.
-template <int kTile, class T>
-__device__ __forceinline__ void store_tile(T* row, int64_t start, int64_t n, bool wide,
+// The inverse: row[start + i] = values[i] for 0 <= start + i < n.
+template <int kTile, class T, class Index>
+__device__ __forceinline__ void store_tile(T* row, Index start, Index n, bool wide,
                                            const float (&values)[kTile]) {
   constexpr int kPack = sizeof(uint4) / sizeof(T);
   static_assert(kTile % kPack == 0, "a tile is a whole number of 16-byte packs");
-  if (wide && start + kTile <= n) {
+  if (wide && start >= 0 && start + kTile <= n) {
 #pragma unroll
     for (int p = 0; p < kTile / kPack; ++p) {
       uint4 pack;
@@ -101,7 +116,7 @@ __device__ __forceinline__ void store_tile(T* row, int64_t start, int64_t n, boo
   } else {
 #pragma unroll
     for (int i = 0; i < kTile; ++i)
-      if (start + i < n) row[start + i] = from_float<T>(values[i]);
+      if (is_inside(start + i, n)) row[start + i] = from_float<T>(values[i]);
   }
 }
 
@@ -196,6 +211,25 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) 
   value = warp_reduce<kWarps>(scratch[lane % kWarps], combine);
   __syncthreads();
   return value;
+}
+
+// The same for N values at once: two barriers in all. `scratch` holds N * kBlock / 32 elements.
+template <int kBlock, int N, class T, class Combine>
+__device__ __forceinline__ void block_reduce_each(T (&values)[N], Combine combine, T* scratch) {
+  constexpr int kWarps = kBlock / kWarp;
+  static_assert(kBlock % kWarp == 0 && (kWarps & (kWarps - 1)) == 0 && kWarps <= kWarp,
+                "a block is 32, 64, 128, 256, 512 or 1024 threads");
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    values[i] = warp_reduce(values[i], combine);
+    if (lane == 0) scratch[i * kWarps + threadIdx.x / kWarp] = values[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    values[i] = warp_reduce<kWarps>(scratch[i * kWarps + lane % kWarps], combine);
+  __syncthreads();
 }
 
 }  // namespace pydistill
