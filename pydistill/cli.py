@@ -1,0 +1,254 @@
+"""The command `pydistill`: what this machine will use, whether it is right, how fast, and the demo.
+
+Results go to stdout, progress and errors to stderr; `--json` makes stdout one JSON document.
+Exit codes: 0; 1, a failed self-test or benchmark; 2, a request that cannot be met; 130, Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+import pydistill
+from pydistill import _native, _registry
+from pydistill.reference.divergence import KINDS
+
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "flash-attn")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, without the usage that argparse prints before it."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], int] = options.run
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        print(f"\npydistill {options.command}: interrupted.", file=sys.stderr)
+        return 130
+    except _Problem as problem:
+        print(f"pydistill {options.command}: {problem}", file=sys.stderr)
+        return 2
+
+
+class _Problem(Exception):
+    """A request that cannot be met: one sentence for the user."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pydistill", description="Compiled operators for distillation.")
+    parser.add_argument("--version", action="version", version=pydistill.__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    operators = sorted(_registry.OPERATORS)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> _Parser:
+        sub: _Parser = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print one JSON document")
+        sub.set_defaults(run=run)
+        return sub
+
+    command(
+        "env", _env, "Versions, native code, and which backend each operator uses here and why."
+    )
+    command("ops", _ops, "Operators, their kernels, kinds and backends.")
+    selftest = command(
+        "selftest", _selftest, "Checks every backend of this machine against the truth."
+    )
+    selftest.add_argument("op", nargs="?", choices=operators, help="one operator (all of them)")
+    selftest.add_argument("--all", action="store_true", help="also the cases that take seconds")
+    bench = command("bench", _bench, "Times operators against other implementations.")
+    bench.add_argument("op", nargs="?", choices=operators, help="one operator (all of them)")
+    bench.add_argument(
+        "--quick", action="store_true", help="a check of the harness, no measurement"
+    )
+    demo = command("demo", _demo, "Distils a small student from a real model and reports the gain.")
+    demo.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
+    demo.add_argument("--layers", type=_positive, default=6, help="layers of the student (6)")
+    demo.add_argument("--kind", choices=sorted(KINDS), default="forward_kl", help="(forward_kl)")
+    demo.add_argument("--steps", type=_positive, default=60, help="training steps (60)")
+    demo.add_argument("--seed", type=int, default=0, help="(0)")
+    demo.add_argument("--output", type=Path, metavar="FOLDER", help="save the student there")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=2, default=str))
+
+
+def environment() -> dict[str, Any]:
+    """What `pydistill env` reports."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "pydistill": pydistill.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "threads": torch.get_num_threads(),
+        "native": {
+            "available": _native.available(),
+            "reason": _native.reason(),
+            "capability": _native.capability(),
+            "supported": _native.supported_capabilities(),
+        },
+        "cuda": {
+            "devices": [
+                torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+            ],
+            "library": _native.cuda_available(),
+            "reason": _native.cuda_reason(),
+        },
+        "operators": {
+            name: {
+                device: {"backend": choice.backend, "reason": choice.reason}
+                for device in devices
+                for choice in [_registry.explain(op, device)]
+            }
+            for name, op in sorted(_registry.OPERATORS.items())
+        },
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _env(options: argparse.Namespace) -> int:
+    found = environment()
+    if options.json:
+        _print_json(found)
+        return 0
+    native, cuda = found["native"], found["cuda"]
+    packages = ", ".join(f"{k} {v or 'absent'}" for k, v in found["packages"].items())
+    if native["available"]:
+        state = f"loaded, {native['capability']} of {', '.join(native['supported'])}"
+    else:
+        state = f"absent: {native['reason']}"
+    print(f"pydistill    {found['pydistill']}, Python {found['python']}, {found['platform']}")
+    print(f"packages     {packages}")
+    print(f"threads      {found['threads']}")
+    print(f"CPU kernels  {state}")
+    print(f"CUDA devices {', '.join(cuda['devices']) or 'none'}")
+    print(f"CUDA kernels {'loaded' if cuda['library'] else 'absent: ' + cuda['reason']}")
+    print("\nimpl='auto' uses")
+    for name, choices in found["operators"].items():
+        for device, choice in choices.items():
+            print(f"  {name} on {device}: {choice['backend']} ({choice['reason']})")
+    return 0
+
+
+def _ops(options: argparse.Namespace) -> int:
+    found = {
+        name: {
+            "kernels": list(op.kernels),
+            "kinds": list(getattr(importlib.import_module(f"pydistill.ops.{name}"), "KINDS", ())),
+            "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in op.dtypes),
+            "backends": [b for b in _registry.BACKENDS if _registry.has_kernel(op.kernels[0], b)],
+        }
+        for name, op in sorted(_registry.OPERATORS.items())
+    }
+    if options.json:
+        _print_json(found)
+        return 0
+    for name, parts in found.items():
+        print(name)
+        for part, values in parts.items():
+            if values:
+                print(f"  {part:9} {', '.join(values)}")
+    return 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    from pydistill.testing import selftest
+
+    groups = []
+    for group in selftest.groups(_chosen(options), heavy=options.all):
+        groups.append(group)
+        if not options.json:
+            state = "ok" if not group.failures else f"{len(group.failures)} FAILED"
+            print(
+                f"{group.op:12} {group.device:5} {group.backend:10} {group.kind:16}"
+                f" {group.cases:4} cases, worst error {group.worst:8.2g} of the allowed: {state}"
+            )
+            for failure in group.failures:
+                print(f"    {failure}")
+            sys.stdout.flush()
+    cases = sum(group.cases for group in groups)
+    failed = sum(len(group.failures) for group in groups)
+    if options.json:
+        _print_json({"cases": cases, "failed": failed, "groups": [vars(g) for g in groups]})
+    else:
+        print(f"{cases} cases, {failed} failed" if failed else f"{cases} cases, all right")
+    return 1 if failed else 0
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    return [options.op] if options.op else sorted(_registry.OPERATORS)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(pydistill.__file__).resolve().parents[1]
+    if not (root / "benchmarks" / "__main__.py").is_file():
+        raise _Problem(
+            "the benchmarks are not part of the installed package; run `make bench` in a checkout"
+            " of pydistill's source."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.json"
+        command = [sys.executable, "-m", "benchmarks", *([options.op] if options.op else [])]
+        command += ["--quick"] if options.quick else []
+        command += ["--json", str(path)] if options.json else []
+        # With --json the tables go where the progress goes.
+        done = subprocess.run(command, cwd=root, stdout=sys.stderr if options.json else None)
+        if options.json and path.is_file():
+            print(path.read_text())
+    return 1 if done.returncode else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pydistill.recipes import UsageError
+
+    try:
+        from pydistill.recipes import demo, models
+
+        result = demo.run(
+            demo.Options(
+                model=options.model or models.DEFAULT,
+                layers=options.layers,
+                kind=options.kind,
+                steps=options.steps,
+                seed=options.seed,
+                output=options.output,
+            ),
+            progress=not options.json,
+        )
+    except UsageError as error:
+        raise _Problem(str(error)) from error
+    if options.json:
+        _print_json(result.to_json())
+    else:
+        print(demo.table(result))
+    return 0
