@@ -87,7 +87,7 @@ def overload(name: str, backend: str) -> Callable[..., None]:
 def has_kernel(name: str, backend: str) -> bool:
     """Whether `backend` has an implementation of kernel `name` in this process."""
     if backend == "cpu":
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill::{name}", "CPU")
+        return _native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill::{name}", "CPU")
     if backend == "cuda":
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill_cuda::{name}", "CUDA")
     if backend == "triton":
@@ -95,7 +95,6 @@ def has_kernel(name: str, backend: str) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
     """The backend for a call of operator `name` on tensors of `dtype` on device type `device`.
 
@@ -114,6 +113,10 @@ def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
     if reason:
         raise ValueError(f"impl={impl!r} cannot run {op.name} here: {reason}")
     return impl
+
+
+# What torch.compiler.assume_constant_result does, without importing Dynamo with the package.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(op: Operator, device: str, dtype: torch.dtype = torch.float32) -> Choice:

@@ -64,8 +64,8 @@ void NormSweep(Row& s, Row& t, int64_t vocab, Pair& pair) {
     for (int64_t i = 0; i < padded; i += 2 * kLanes) {
       for (int u = 0; u < 2; ++u) {
         const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
-        z_s[u] = z_s[u] + Exp(k * (xs - max_s));
-        z_t[u] = z_t[u] + Exp(k * (xt - max_t));
+        z_s[u] = z_s[u] + ExpNonPositive(k * (xs - max_s));
+        z_t[u] = z_t[u] + ExpNonPositive(k * (xt - max_t));
         const V gap = xt - xs;  // NaN where both are -inf, and passed over
         low = Min(gap, low);
         high = Max(gap, high);
@@ -84,19 +84,14 @@ inline double Phi(double x) {
   return x * x * (0.5 - x * (1.0 / 6 - x * (1.0 / 24 - x * (1.0 / 120 - x / 720))));
 }
 
-// An estimate of C from a prefix of the row; 0 where it has none.
-inline float EstimateLogRatio(const Row& s_row, const Row& t_row, int64_t vocab, float k) {
-  Row s{s_row.data, s_row.dtype, {}}, t{t_row.data, t_row.dtype, {}};
-  Pair pair{.k = k};
-  NormSweep(s, t, vocab < 256 ? vocab : 256, pair);
-  const double c = pair.LogRatio();
-  return std::isfinite(c) ? static_cast<float>(c) : 0.0f;
-}
+// Below this a KL is summed by its Bregman terms; above, the plain sum of p d is as exact.
+constexpr double kSmallKl = 0.05;
 
-// One sweep for the normalisers and KL(p || q) and, or, KL(q || p), about `centre`. With `exact`,
-// t - s keeps its rounding error, which matters where C is large and the KL small.
-// Returns false if the result may have lost digits and deserves a second sweep about the right C.
-template <bool kPq, bool kQp, bool kExact>
+// One sweep for the normalisers and KL(p || q) and, or, KL(q || p), about `centre`, an estimate of
+// C. The plain form sums e d0 only; the precise one also sums e phi(d0), with t - s to its last
+// bit. Returns false if the results may have lost digits and deserve a precise sweep about the
+// right C.
+template <bool kPq, bool kQp, bool kPrecise>
 bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
   const V k = Set(pair.k), c0 = Set(centre), half = Set(0.5f), one = Set(1.0f);
   V low = Set(INFINITY), high = Set(-INFINITY);
@@ -110,42 +105,49 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
     pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
     pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
     const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
-    // e_t exp(-d0) = e_s ratio, and e_s exp(d0) = e_t / ratio
-    const double log_ratio =
-        double(pair.k) * (FiniteMax(pair.max_s) - double(FiniteMax(pair.max_t))) + centre;
-    const bool inside = std::fabs(log_ratio) < 60.0;
-    clamped |= !inside;
-    const V ratio = Set(inside ? static_cast<float>(std::exp(log_ratio)) : 1.0f);
-    const V inverse = Set(inside ? static_cast<float>(std::exp(-log_ratio)) : 1.0f);
+    V ratio = one, inverse = one;  // e_t exp(-d0) = e_s ratio, and e_s exp(d0) = e_t / ratio
+    if constexpr (kPrecise) {
+      const double log_ratio =
+          double(pair.k) * (FiniteMax(pair.max_s) - double(FiniteMax(pair.max_t))) + centre;
+      const bool inside = std::fabs(log_ratio) < 60.0;
+      clamped |= !inside;
+      ratio = Set(inside ? static_cast<float>(std::exp(log_ratio)) : 1.0f);
+      inverse = Set(inside ? static_cast<float>(std::exp(-log_ratio)) : 1.0f);
+    }
     V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
     V sum_a[2] = {Set(0), Set(0)}, sum_b[2] = {Set(0), Set(0)};
     V back_a[2] = {Set(0), Set(0)}, back_b[2] = {Set(0), Set(0)};
     for (int64_t i = 0; i < padded; i += 2 * kLanes) {
       for (int u = 0; u < 2; ++u) {
         const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
-        const V e_s = Exp(k * (xs - max_s)), e_t = Exp(k * (xt - max_t));
+        const V e_s = ExpNonPositive(k * (xs - max_s)), e_t = ExpNonPositive(k * (xt - max_t));
+        z_s[u] = z_s[u] + e_s;
+        z_t[u] = z_t[u] + e_t;
         const V gap = xt - xs;
-        low = Min(gap, low);
-        high = Max(gap, high);
         V d = Fms(k, gap, c0);
-        if constexpr (kExact) {
+        if constexpr (kPrecise) {
           const V error = RoundingError(xt, xs, gap);
           d = Select(Lt(Abs(error), one), Fma(k, error, d), d);  // NaN beside infinities
         }
-        d = Min(Set(kHuge), Max(d, Set(-kHuge)));  // NaN (both -inf) becomes -kHuge
-        const M small = Lt(Abs(d), half);
+        // Where the weight is 0 the infinities of d, and its NaN where both are -inf, must not
+        // count. Where it is not, D is infinite, which `low` and `high` tell.
+        const V d_p = Max(d, Set(-kHuge)), d_q = Min(d, Set(kHuge));
         if constexpr (kPq) {
-          const V phi = Select(small, e_t * PhiSmall(d), Fma(e_t, d - one, e_s * ratio));
-          sum_a[u] = sum_a[u] + phi;
-          sum_b[u] = Fma(e_t, d, sum_b[u]);
+          high = Max(gap, high);
+          sum_b[u] = Fma(e_t, d_p, sum_b[u]);
         }
         if constexpr (kQp) {
-          const V phi = Select(small, e_s * PhiSmall(Neg(d)), Fnma(e_s, d + one, e_t * inverse));
-          back_a[u] = back_a[u] + phi;
-          back_b[u] = Fnma(e_s, d, back_b[u]);
+          low = Min(gap, low);
+          back_b[u] = Fnma(e_s, d_q, back_b[u]);
         }
-        z_s[u] = z_s[u] + e_s;
-        z_t[u] = z_t[u] + e_t;
+        if constexpr (kPrecise && kPq) {
+          const V far = Fma(e_t, d_p - one, e_s * ratio);
+          sum_a[u] = sum_a[u] + Select(Lt(Abs(d), half), e_t * PhiSmall(d), far);
+        }
+        if constexpr (kPrecise && kQp) {
+          const V far = Fnma(e_s, d_q + one, e_t * inverse);
+          back_a[u] = back_a[u] + Select(Lt(Abs(d), half), e_s * PhiSmall(Neg(d)), far);
+        }
       }
     }
     pair.z_s += Sum(z_s[0] + z_s[1]);
@@ -160,11 +162,16 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
   const double off = pair.LogRatio() - centre;  // C - C0
   const auto finish = [&](double a, double b, double z, double shift) {
     a /= z, b /= z;
-    const double lost = Phi(-std::log1p(a - b)), fine = a - lost;
-    const bool usable = !clamped && std::isfinite(fine);
-    const double kl = usable ? fine : b - shift;
-    const double rounding = 0.06 * centre;  // how far t - s is off, against sqrt(2 KL), for 1e-6
-    kept &= usable && lost <= 8 * kl && (kExact || 0.5 * rounding * rounding <= kl);
+    double kl = b - shift;
+    if constexpr (kPrecise) {
+      const double lost = Phi(-std::log1p(a - b)), fine = a - lost;
+      const bool usable = !clamped && std::isfinite(fine);
+      if (usable) kl = fine;
+      kept &= usable && lost <= 8 * kl;
+    } else {
+      const double rounding = 0.06 * centre;  // t - s is off by 6e-8 centre: 1e-6 of sqrt(2 KL)?
+      kept &= kl >= kSmallKl && kl >= 0.5 * rounding * rounding;
+    }
     return kl > 0 ? kl : (kl <= 0 ? 0.0 : kl);
   };
   if constexpr (kPq) pair.kl_pq = finish(a_pq, b_pq, pair.z_t, off);
@@ -172,12 +179,21 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
   return kept;
 }
 
+// The KLs of a row. Its first columns tell where C is and whether the plain form will do; a guess
+// that turns out wrong costs a second sweep, in cache.
 template <bool kPq, bool kQp>
 void Kl(Row& s, Row& t, int64_t vocab, Pair& pair) {
-  const float k = pair.k, first = EstimateLogRatio(s, t, vocab, k);
-  if (KlSweep<kPq, kQp, false>(s, t, vocab, first, pair)) return;
-  const double c = pair.LogRatio();
-  if (!std::isfinite(c) || (kPq && pair.NoQ()) || (kQp && pair.NoP())) return;
+  constexpr int64_t kPrefix = 256;
+  const float k = pair.k;
+  Pair guess{.k = k};
+  KlSweep<true, true, false>(s, t, vocab < kPrefix ? vocab : kPrefix, 0.0f, guess);
+  double c = guess.LogRatio();
+  if (!std::isfinite(c)) c = 0;
+  const bool far = guess.kl_pq >= 2 * kSmallKl && guess.kl_qp >= 2 * kSmallKl;
+  const bool kept = far ? KlSweep<kPq, kQp, false>(s, t, vocab, static_cast<float>(c), pair)
+                        : KlSweep<kPq, kQp, true>(s, t, vocab, static_cast<float>(c), pair);
+  c = pair.LogRatio();
+  if (kept || !std::isfinite(c) || (kPq && pair.NoQ()) || (kQp && pair.NoP())) return;
   pair = Pair{.k = k};
   KlSweep<kPq, kQp, true>(s, t, vocab, static_cast<float>(c), pair);
 }
@@ -194,10 +210,18 @@ struct Constants {
     return Min(Set(kHuge), Max(Select(Lt(Abs(rest), Set(1.0f)), d + rest, d), Set(-kHuge)));
   }
 
+  PD_INLINE V P(V t) const { return ExpNonPositive(k * (t - max_t)) * inverse_z_t; }
+  PD_INLINE V Q(V s) const { return ExpNonPositive(k * (s - max_s)) * inverse_z_s; }
+
   PD_INLINE Tokens At(V s, V t) const {
-    const V xs = k * (s - max_s), xt = k * (t - max_t);
-    return {Exp(xt) * inverse_z_t, Exp(xs) * inverse_z_s, xt - log_z_t, xs - log_z_s,
-            LogRatio(s, t)};
+    const V xs = k * (s - max_s), xt = k * (t - max_t), d = LogRatio(s, t), a = Abs(d);
+    const M teacher_larger = Le(Set(0.0f), d);
+    const V x = Select(teacher_larger, xt, xs);
+    const V inverse_z = Select(teacher_larger, inverse_z_t, inverse_z_s);
+    V e;
+    const V ratio = ExpNonPositive(Neg(a), e);
+    return {
+        xt - log_z_t, xs - log_z_s, d, a, teacher_larger, ExpNonPositive(x) * inverse_z, ratio, e};
   }
 };
 
@@ -243,10 +267,10 @@ void StatsSweep(Row& s, Row& t, int64_t vocab, const Constants& at, float* stats
     V h_s = zero, h_t = zero, both = zero;
     for (int64_t i = 0; i < padded; i += kLanes) {
       const V xs = Load(bs + i), xt = Load(bt + i);
-      const Tokens x = at.At(xs, xt);
-      h_s = Fnma(x.q, Max(x.log_q, Set(-kHuge)), h_s);
-      h_t = Fnma(x.p, Max(x.log_p, Set(-kHuge)), h_t);
-      both = both + Min(x.p, x.q);
+      const V p = at.P(xt), q = at.Q(xs);
+      h_s = Fnma(q, Max(Fms(at.k, xs - at.max_s, at.log_z_s), Set(-kHuge)), h_s);
+      h_t = Fnma(p, Max(Fms(at.k, xt - at.max_t, at.log_z_t), Set(-kHuge)), h_t);
+      both = both + Min(p, q);
       if (arg_s < 0 && Bits(Eq(xs, at.max_s))) {
         arg_s = begin + i + __builtin_ctz(Bits(Eq(xs, at.max_s)));
       }
@@ -271,7 +295,8 @@ double LogZ1(Row& s, int64_t vocab, float max_s) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
     const float* bs = s.Block(begin, n);
     V sum = Set(0);
-    for (int64_t i = 0; i < padded; i += kLanes) sum = sum + Exp(Load(bs + i) - Set(max_s));
+    for (int64_t i = 0; i < padded; i += kLanes)
+      sum = sum + ExpNonPositive(Load(bs + i) - Set(max_s));
     z += Sum(sum);
   }
   return std::log(z);
@@ -435,19 +460,19 @@ PD_INLINE void GradBlock(const Upstream& up, const float* bs, const float* bt, i
       const V s = Load(bs + i + u * kLanes), t = Load(bt + i + u * kLanes);
       V g;
       if constexpr (kind == Kind::kForwardKl) {
-        g = Exp(at.k * (s - at.max_s)) * soft_q - Exp(at.k * (t - at.max_t)) * soft_p;
+        g = ExpNonPositive(at.k * (s - at.max_s)) * soft_q -
+            ExpNonPositive(at.k * (t - at.max_t)) * soft_p;
       } else if constexpr (kind == Kind::kReverseKl) {
-        g = Exp(at.k * (s - at.max_s)) * soft_q * (Neg(at.LogRatio(s, t)) - centre);
+        g = ExpNonPositive(at.k * (s - at.max_s)) * soft_q * (Neg(at.LogRatio(s, t)) - centre);
       } else if constexpr (kind == Kind::kAdaptiveKl) {
-        const Tokens x = at.At(s, t);
-        g = soft * Fma(head, x.q - x.p, tail * x.q * (Neg(x.d) - centre));
+        const V q = at.Q(s);
+        g = soft * Fma(head, q - at.P(t), tail * q * (Neg(at.LogRatio(s, t)) - centre));
       } else {
         const Tokens x = at.At(s, t);
-        const Term term = TermOf<kind>(at.shape, x);
-        g = soft * Fnma(x.q, centre, term.qh);
+        g = soft * Fnma(x.Q(), centre, TermOf<kind>(at.shape, x).qh);
       }
       if (up.hard != 0.0f) {
-        g = Fma(Exp(s - Set(up.max_s)) * Set(up.inverse_z_1), Set(up.hard), g);
+        g = Fma(ExpNonPositive(s - Set(up.max_s)) * Set(up.inverse_z_1), Set(up.hard), g);
       }
       if constexpr (kAdd) g = g + Load(out + i + u * kLanes);
       Store(g, out + i + u * kLanes);

@@ -60,9 +60,9 @@ double HeadShare(Row& s, Row& t, int64_t vocab, const Constants& at, float* scra
     const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
     V error = Set(0);
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const Tokens x = at.At(Load(bs + i), Load(bt + i));
-      Store(x.p, p + begin + i);
-      error = error + Abs(x.p - x.q);
+      const V x = at.P(Load(bt + i));
+      Store(x, p + begin + i);
+      error = error + Abs(x - at.Q(Load(bs + i)));
     }
     total += Sum(error);
   }
@@ -100,10 +100,9 @@ double HeadShare(Row& s, Row& t, int64_t vocab, const Constants& at, float* scra
     const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
     V sum = Set(0);
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const Tokens x = at.At(Load(bs + i), Load(bt + i));
-      const V error = Abs(x.p - x.q);
-      sum = sum + Where(Lt(Set(edge), x.p), error);
-      for (unsigned bits = Bits(Eq(x.p, Set(edge))); bits && fit > 0; bits &= bits - 1, --fit) {
+      const V x = at.P(Load(bt + i)), error = Abs(x - at.Q(Load(bs + i)));
+      sum = sum + Where(Lt(Set(edge), x), error);
+      for (unsigned bits = Bits(Eq(x, Set(edge))); bits && fit > 0; bits &= bits - 1, --fit) {
         float lanes[kLanes];
         Store(error, lanes);
         head += lanes[__builtin_ctz(bits)];

@@ -17,10 +17,17 @@ struct Shape {
   float alpha, beta, head;
 };
 
-// Lanes of tokens: probabilities, their logs, and d = log p - log q within +-1e30. Where both
-// logits are -inf, p = q = 0 and d = -1e30, and every formula below gives 0.
+// Lanes of tokens: d = log p - log q within +-1e30, and from one exp each the larger of p and q and
+// the ratio of the smaller to it. Where both logits are -inf, d = -1e30 and larger = 0, and every
+// formula below gives 0.
 struct Tokens {
-  V p, q, log_p, log_q, d;
+  V log_p, log_q, d, a;  // a = abs(d)
+  M teacher_larger;      // d >= 0
+  V larger, ratio, e;    // ratio = exp(-a), e = ratio - 1, each to its own last digit
+
+  PD_INLINE V P() const { return Select(teacher_larger, larger, Smaller()); }
+  PD_INLINE V Q() const { return Select(teacher_larger, Smaller(), larger); }
+  PD_INLINE V Smaller() const { return larger * ratio; }
 };
 
 // h is taken with the additive constant that makes it 0 where p = q, so that equal rows have a
@@ -34,15 +41,21 @@ PD_INLINE V WeightedPhi(V w, V x, V m) {
   return Select(Lt(Abs(x), Set(0.5f)), w * PhiSmall(x), Fma(w, x - Set(1.0f), m));
 }
 
-// log(p / M) and log(q / M) for M = share_p p + (1 - share_p) q.
-PD_INLINE void MixtureRatios(V d, float share_p, V& x, V& y) {
-  const V a = Abs(d);
-  const M teacher_larger = Le(Set(0.0f), d);
-  const V other = Select(teacher_larger, Set(1.0f - share_p), Set(share_p));
-  const V larger = Neg(Log1p(other * Expm1(Neg(a))));
-  const V smaller = larger - a;
-  x = Select(teacher_larger, larger, smaller);
-  y = Select(teacher_larger, smaller, larger);
+// A mixture M = share_p p + (1 - share_p) q seen from the larger side, whose ratio to M is 1 / u.
+struct Mixture {
+  V x, y;            // log(p / M) and log(q / M)
+  V p_gain, q_gain;  // p / M - 1 and q / M - 1
+};
+
+PD_INLINE Mixture MixtureOf(const Tokens& t, float share_p) {
+  const V one = Set(1.0f);
+  const V other = Select(t.teacher_larger, Set(1.0f - share_p), Set(share_p));
+  const V w = other * t.e, u = one + w;  // M / larger
+  const V larger = Neg(Log1p(w, u)), smaller = larger - t.a;
+  const V gain_larger = Neg(w) / u, gain_smaller = (t.e - w) / u;
+  return {Select(t.teacher_larger, larger, smaller), Select(t.teacher_larger, smaller, larger),
+          Select(t.teacher_larger, gain_larger, gain_smaller),
+          Select(t.teacher_larger, gain_smaller, gain_larger)};
 }
 
 PD_INLINE Term AlphaBeta(const Shape& r, const Tokens& t) {
@@ -82,50 +95,43 @@ PD_INLINE Term AlphaBeta(const Shape& r, const Tokens& t) {
 template <Kind kind>
 PD_INLINE Term TermOf(const Shape& r, const Tokens& t) {
   const V one = Set(1.0f), zero = Set(0.0f);
-  if constexpr (kind == Kind::kJsd) {
-    V x, y;
-    MixtureRatios(t.d, r.beta, x, y);
-    const V b = Set(r.beta), rest = Set(1.0f - r.beta);
-    const V m = Fma(b, t.p, rest * t.q);
-    return {Fma(b, WeightedPhi(t.p, x, m), rest * WeightedPhi(t.q, y, m)), rest * t.q * y};
-  } else if constexpr (kind == Kind::kSkewForwardKl) {
-    V x, y;
-    MixtureRatios(t.d, r.alpha, x, y);
-    const V m = Fma(Set(r.alpha), t.p, Set(1.0f - r.alpha) * t.q);
-    return {WeightedPhi(t.p, x, m), Set(r.alpha - 1.0f) * t.q * Expm1(x)};  // p / M = e^x
-  } else if constexpr (kind == Kind::kSkewReverseKl) {
-    V x, y;
-    MixtureRatios(t.d, 1.0f - r.alpha, x, y);
-    const V m = Fma(Set(r.alpha), t.q, Set(1.0f - r.alpha) * t.p);
-    return {WeightedPhi(t.q, y, m), t.q * Fnma(Set(r.alpha), Expm1(y), y)};
-  } else if constexpr (kind == Kind::kAlphaBeta) {
+  if constexpr (kind == Kind::kAlphaBeta) {
     return AlphaBeta(r, t);
+  } else if constexpr (kind == Kind::kJsd) {
+    const Mixture m = MixtureOf(t, r.beta);
+    const V p = Set(r.beta) * t.P(), q = Set(1.0f - r.beta) * t.Q();
+    // Where d is large the Bregman terms -p + M and -q + M are not needed: they cancel in the sum.
+    const V near = Fma(p, PhiSmall(m.x), q * PhiSmall(m.y)), far = Fma(p, m.x, q * m.y);
+    return {Select(Lt(t.a, Set(0.5f)), near, far), q * m.y};
+  } else if constexpr (kind == Kind::kSkewForwardKl) {
+    const Mixture m = MixtureOf(t, r.alpha);
+    const V p = t.P(), q = t.Q();
+    const V mixed = Fma(Set(r.alpha), p, Set(1.0f - r.alpha) * q);
+    return {WeightedPhi(p, m.x, mixed), Set(r.alpha - 1.0f) * q * m.p_gain};
+  } else if constexpr (kind == Kind::kSkewReverseKl) {
+    const Mixture m = MixtureOf(t, 1.0f - r.alpha);
+    const V p = t.P(), q = t.Q();
+    const V mixed = Fma(Set(r.alpha), q, Set(1.0f - r.alpha) * p);
+    return {WeightedPhi(q, m.y, mixed), q * Fnma(Set(r.alpha), m.q_gain, m.y)};
+  } else if constexpr (kind == Kind::kTvd) {
+    const V half_sign = Select(t.teacher_larger, Set(-0.5f), Set(0.5f));
+    return {Set(-0.5f) * t.larger * t.e, t.Q() * Select(Eq(t.d, zero), zero, half_sign)};
+  } else if constexpr (kind == Kind::kHellinger) {
+    const V root = Sqrt(t.ratio), e = t.e / (one + root);  // exp(-a/2) and exp(-a/2) - 1
+    return {t.larger * e * e, t.larger * e * Select(t.teacher_larger, root, Set(-1.0f))};
   } else {
-    const V a = Abs(t.d);
-    const M teacher_larger = Le(zero, t.d);
-    const V larger = Select(teacher_larger, t.p, t.q);
-    if constexpr (kind == Kind::kTvd) {
-      const V half_sign = Select(teacher_larger, Set(-0.5f), Set(0.5f));
-      return {Set(-0.5f) * larger * Expm1(Neg(a)), t.q * Select(Eq(t.d, zero), zero, half_sign)};
-    } else if constexpr (kind == Kind::kHellinger) {
-      const V e = Expm1(Set(-0.5f) * a);
-      const V qh = Select(teacher_larger, t.p * (one + e) * e, Neg(t.q * e));
-      return {larger * e * e, qh};
+    const V gap = Neg(t.larger * t.e);  // abs(p - q)
+    if constexpr (kind == Kind::kChi2) {
+      const V p_r = Exp(t.log_p + Max(t.d, zero));  // p^2 / q where p > q
+      const V value = Select(t.teacher_larger, p_r, t.larger) * t.e * t.e;
+      const V qh = Select(t.teacher_larger, t.e * (t.larger + p_r), Fma(t.ratio, gap, gap));
+      return {value, qh};
     } else {
-      const V e = Expm1(Neg(a));
-      const V gap = Neg(larger * e);  // abs(p - q)
-      if constexpr (kind == Kind::kChi2) {
-        const V p_r = Exp(t.log_p + Max(t.d, zero));  // p^2 / q where p > q
-        const V value = Select(teacher_larger, e * e * p_r, t.q * e * e);
-        const V qh = Select(teacher_larger, e * (t.p + p_r), Fma(one + e, gap, gap));
-        return {value, qh};
-      } else {
-        static_assert(kind == Kind::kTodi);
-        const V larger_share = one / (Set(2.0f) + e);  // of p + q
-        const V share_q = Select(teacher_larger, one - larger_share, larger_share);
-        const V q_minus_p = Select(teacher_larger, Neg(gap), gap);  // -w p + (1 - w) q
-        return {a * gap, Fnma(share_q * t.q, t.d, q_minus_p)};
-      }
+      static_assert(kind == Kind::kTodi);
+      const V larger_share = one / (one + t.ratio);  // of p + q
+      const V share_q = Select(t.teacher_larger, one - larger_share, larger_share);
+      const V q_minus_p = Select(t.teacher_larger, Neg(gap), gap);  // -w p + (1 - w) q
+      return {t.a * gap, Fnma(share_q * t.Q(), t.d, q_minus_p)};
     }
   }
 }
