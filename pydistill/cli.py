@@ -93,7 +93,9 @@ def _positive(text: str) -> int:
 
 
 def _print_json(data: object) -> None:
-    print(json.dumps(data, indent=2, default=str))
+    """JSON has no NaN and no infinity: they become null."""
+    text = json.dumps(data, default=str)
+    print(json.dumps(json.loads(text, parse_constant=lambda _: None), indent=2))
 
 
 def environment() -> dict[str, Any]:

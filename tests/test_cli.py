@@ -137,6 +137,10 @@ def test_selftest_fails_for_a_wrong_result_and_for_an_exception(
     assert "is off" in out
     assert not _native.available() or "no luck" in out
     assert out.splitlines()[-1].endswith("failed")
+    code, out, _ = run("selftest", "--json")
+    assert code == 1
+    assert "Infinity" not in out
+    assert json.loads(out)["failed"] > 0
 
 
 def test_bench_says_where_the_benchmarks_are(
