@@ -117,7 +117,8 @@ def run(options: Options, progress: bool = True) -> Result:
             began = time.perf_counter()
             everything = sample(teacher, tokenizer, train + held_out, options, bar)
             sampling = int(everything.counted.sum()) / (time.perf_counter() - began)
-        wanted = teacher_logits(teacher, everything, options, dtype)
+        with _bar(progress, len(everything.ids), "teacher explains") as bar:
+            wanted = teacher_logits(teacher, everything, options, dtype, bar)
         split = len(train) * options.answers
         learn, judge = slice(None, split), slice(split, None)
         seen, unseen = everything[learn], everything[judge]
@@ -224,10 +225,15 @@ def answer_logits(model: Any, texts: Answers, dtype: torch.dtype) -> Tensor:
     return logits
 
 
-def teacher_logits(teacher: Any, texts: Answers, options: Options, dtype: torch.dtype) -> Tensor:
+@torch.no_grad()
+def teacher_logits(
+    teacher: Any, texts: Answers, options: Options, dtype: torch.dtype, bar: Any
+) -> Tensor:
     """The teacher's logits on all answers, in batches that bound the memory of its activations."""
-    with torch.no_grad():
-        parts = [answer_logits(teacher, texts[rows], dtype) for rows in _in_order(texts, options)]
+    parts = []
+    for rows in _in_order(texts, options):
+        parts.append(answer_logits(teacher, texts[rows], dtype))
+        bar.update(len(rows))
     return torch.cat(parts)
 
 
