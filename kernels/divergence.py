@@ -269,15 +269,20 @@ def _term_sweep(
 
 
 @triton.jit
-def _store_saved(saved, pair, max_s, log_zs, max_t, log_zt, value, c, log_z1, w):
+def _store_normalisers(saved, pair, max_s, log_zs, max_t, log_zt, log_z1):
     base = saved + pair * SAVED
     tl.store(base, max_s)
     tl.store(base + 1, log_zs)
     tl.store(base + 2, max_t)
     tl.store(base + 3, log_zt)
+    tl.store(base + 6, log_z1)
+
+
+@triton.jit
+def _store_terms(saved, pair, value, c, w):
+    base = saved + pair * SAVED
     tl.store(base + 4, value)
     tl.store(base + 5, c)
-    tl.store(base + 6, log_z1)
     tl.store(base + 7, w)
 
 
@@ -306,7 +311,8 @@ def _divergence_forward(
     if counted is not None:
         if tl.load(counted + pair) == 0:
             tl.store(loss + pair, 0.0)
-            _store_saved(saved, pair, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+            _store_normalisers(saved, pair, 0.0, 0.0, 0.0, 0.0, 0.0)
+            _store_terms(saved, pair, 0.0, 0.0, 0.0)
             if WITH_STATS:
                 _store_stats(stats, pair, nan, nan, nan, nan, nan, nan)
             return
@@ -319,7 +325,8 @@ def _divergence_forward(
         valid = valid & (label >= 0) & (label < vocab)
     if valid == 0:
         tl.store(loss + pair, nan)
-        _store_saved(saved, pair, nan, nan, nan, nan, nan, nan, nan, nan)
+        _store_normalisers(saved, pair, nan, nan, nan, nan, nan)
+        _store_terms(saved, pair, nan, nan, nan)
         if WITH_STATS:
             _store_stats(stats, pair, nan, nan, nan, nan, nan, nan)
         return
@@ -337,6 +344,19 @@ def _divergence_forward(
         )
     log_zs, log_zt = tl.log(z_s), tl.log(z_t)
     log_z1 = tl.log(z_1) if NEED_Z1 else log_zs
+    # NaN or +inf anywhere, or nothing but -inf, shows in a sum or a maximum.
+    sound = (z_s > 0.0) & (z_s < INF) & (z_t > 0.0) & (z_t < INF)
+    sound = sound & (tl.abs(max_s) < INF) & (tl.abs(max_t) < INF)
+    max_s = tl.where(sound, max_s, nan)
+    # Stored before the second sweep, which needs the registers.
+    _store_normalisers(saved, pair, max_s, log_zs, max_t, log_zt, log_z1)
+    hard = 0.0
+    if WITH_HARD:
+        lse = max_s + log_z1
+        hard = z_loss * lse * lse
+        if labels is not None:
+            hard += label_weight * (lse - tl.load(row_s + label).to(tl.float32))
+
     w = 0.0
     if WITH_STATS or ((KIND != FORWARD_KL) and (KIND != REVERSE_KL)):
         boundary, at_boundary = 0, 0
@@ -350,22 +370,15 @@ def _divergence_forward(
         )  # fmt: skip
         if (KIND != FORWARD_KL) and (KIND != REVERSE_KL):
             value, c = swept, tl.where(swept < INF, swept_c, nan)
-
-    # NaN or +inf anywhere, or nothing but -inf, shows in a sum or a maximum.
-    sound = (z_s > 0.0) & (z_s < INF) & (z_t > 0.0) & (z_t < INF)
-    sound = sound & (tl.abs(max_s) < INF) & (tl.abs(max_t) < INF)
+    sound = max_s == max_s
     value = tl.where(sound, value, nan)
+    _store_terms(saved, pair, value, c, w)
     row_loss = value * temperature * temperature if SCALE_T2 else value
     if WITH_HARD:
-        lse = max_s + log_z1
-        row_loss = (1.0 - label_weight) * row_loss + z_loss * lse * lse
-        if labels is not None:
-            row_loss += label_weight * (lse - tl.load(row_s + label).to(tl.float32))
+        row_loss = (1.0 - label_weight) * row_loss + hard
     tl.store(loss + pair, row_loss)
-    max_s = tl.where(sound, max_s, nan)
-    _store_saved(saved, pair, max_s, log_zs, max_t, log_zt, value, c, log_z1, w)
     if WITH_STATS:
-        lse_s = tl.where(sound, k * max_s + log_zs, nan)
+        lse_s = k * max_s + log_zs
         lse_t = tl.where(sound, k * max_t + log_zt, nan)
         entropy_s, entropy_t = tl.where(sound, entropy_s, nan), tl.where(sound, entropy_t, nan)
         common, agree = tl.where(sound, common, nan), tl.where(sound, agree, nan)
@@ -377,7 +390,7 @@ def _pair_constants(
     pair, teacher, teacher_rows, labels, row_params, saved, upstream, teacher_stride, vocab,
     temperature, alpha, beta, label_weight, z_loss, SCALE_T2: tl.constexpr, WITH_HARD: tl.constexpr,
 ):  # fmt: skip
-    """What backward needs of a pair besides logits; a flagged pair's teacher row is not to be read."""
+    """What backward needs of a pair besides logits; a flagged pair's teacher row is not read."""
     temperature, alpha, beta = _parameters(row_params, pair, temperature, alpha, beta)
     base = saved + pair * SAVED
     max_s, log_zs, max_t = tl.load(base), tl.load(base + 1), tl.load(base + 2)

@@ -64,7 +64,7 @@ __device__ void write_constant(const DivergenceCall& call, int64_t pair, float v
 
 // Blocks that shall fit on a multiprocessor: 64 registers a thread, or 80 where 64 would spill.
 template <int kKind>
-constexpr int kForwardBlocks = kKind == kAdaptiveKl ? 3 : 4;
+constexpr int kForwardBlocks = kKind == kAlphaBeta || kKind == kAdaptiveKl ? 3 : 4;
 template <int kKind>
 constexpr int kBackwardBlocks = kKind == kSkewReverseKl || kKind == kAlphaBeta ? 3 : 4;
 

@@ -49,8 +49,8 @@ DivergenceArgs make_args(const Tensor& student, const Tensor& teacher,
   a.vocab = o.vocab;
   STD_TORCH_CHECK(o.vocab >= 1 && o.vocab <= a.student.width && o.vocab <= a.teacher.width,
                   "vocab is ", o.vocab);
-  STD_TORCH_CHECK(a.student_rows != nullptr || pairs == a.student.rows, "student has other rows");
-  STD_TORCH_CHECK(a.teacher_rows != nullptr || pairs == a.teacher.rows, "teacher has other rows");
+  STD_TORCH_CHECK(student_rows.has_value() || pairs == a.student.rows, "student has other rows");
+  STD_TORCH_CHECK(teacher_rows.has_value() || pairs == a.teacher.rows, "teacher has other rows");
   return a;
 }
 
@@ -92,7 +92,8 @@ void divergence_bwd(Tensor student, Tensor teacher, MaybeTensor student_rows,
   a.grad_rows = vector<float>("grad_rows", grad_rows, pairs);
   a.row_start = vector_or_null<int64_t>("row_start", row_start, a.student.rows + 1);
   a.pair_of = vector_or_null<int64_t>("pairs", pair_of, pairs);
-  STD_TORCH_CHECK(!a.student_rows == !a.row_start && !a.row_start == !a.pair_of,
+  STD_TORCH_CHECK(student_rows.has_value() == row_start.has_value() &&
+                      row_start.has_value() == pair_of.has_value(),
                   "student_rows, row_start and pairs come together");
   const Logits out = logits("grad", grad);
   STD_TORCH_CHECK(

@@ -45,7 +45,7 @@ def _to_mixture(d, e, share_of_p):
 
 @triton.jit
 def _alpha_beta_terms(log_p, log_q, d, alpha, beta):
-    """Written with the larger of |alpha|, |beta| as divisor, the limits at 0 are terms that vanish."""
+    """With the larger of |alpha|, |beta| as divisor, the limits at 0 are terms that vanish."""
     absent = (log_p == -INF) & (log_q == -INF)  # a negative exponent would make it infinite
     log_p, log_q = tl.maximum(log_p, -FAR), tl.maximum(log_q, -FAR)
     total = alpha + beta

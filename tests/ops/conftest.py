@@ -1,15 +1,26 @@
 """The backends of this machine, for the tests of one operator (the module's `OP`).
 
 `impl` runs a test on the reference and on the native kernels as they are chosen by default, which
-is enough for what does not hang on the instruction set; `each_cpu` on every instruction set. Where the native kernels are missing, impl="cpu" still runs: through the whole torch layer, with the
+is enough for what does not hang on the instruction set; `each_cpu` on every instruction set. Where
+the native kernels are missing, impl="cpu" still runs: through the whole torch layer, with the
 reference in the kernels' place, so that autograd, vmap and compile are tested without a compiler.
 """
 
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from pydistill import _native, _registry
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """The rows here are few, so threads would only cost time; what hangs on them has its own test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def native(op: str) -> bool:

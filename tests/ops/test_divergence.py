@@ -4,7 +4,7 @@ The formulas prove the reference; the table then proves every backend against th
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -163,29 +163,20 @@ def test_hard_labels_and_z_loss_against_torch(impl: str) -> None:
     assert got.item() == pytest.approx(float(0.7 * 4 * soft + 0.3 * hard + 0.02 * z), rel=1e-5)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """The rows here are small: threads would only cost time (their own test is elsewhere)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def table(cases: list[Case]) -> list[object]:
     slow = {True: [pytest.mark.slow], False: []}
     return [pytest.param(case, id=case.id, marks=slow["slow" in case.marks]) for case in cases]
 
 
 @pytest.mark.parametrize("case", table(TABLE))
-def test_reference_in_the_inputs_precision(case: Case, one_thread: None) -> None:
+def test_reference_in_the_inputs_precision(case: Case) -> None:
     report = check(case, "reference")
     assert report.ok, report.message
 
 
 @pytest.mark.skipif(not HAS_NATIVE, reason="the native library has no such kernel: make build")
 @pytest.mark.parametrize("case", table(TABLE + [c.gate for c in BENCH if c.gate is not None]))
-def test_cpu_on_every_instruction_set(case: Case, one_thread: None) -> None:
+def test_cpu_on_every_instruction_set(case: Case) -> None:
     want, wrong = expected(case), []
     for capability in _native.supported_capabilities():
         with _native.use_capability(capability):

@@ -6,7 +6,6 @@ every divergence has, on numbers that hypothesis chooses.
 """
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +18,6 @@ from pydistill.ops.divergence import KINDS
 
 OP = "divergence"
 close = torch.testing.assert_close
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def both(student: Tensor, teacher: Tensor, kind: str, impl: str) -> tuple[Tensor, Tensor, Tensor]:
