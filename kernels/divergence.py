@@ -344,9 +344,8 @@ def _divergence_forward(
         )
     log_zs, log_zt = tl.log(z_s), tl.log(z_t)
     log_z1 = tl.log(z_1) if NEED_Z1 else log_zs
-    # NaN or +inf anywhere, or nothing but -inf, shows in a sum or a maximum.
+    # NaN or +inf anywhere makes a sum NaN, nothing but -inf makes it 0.
     sound = (z_s > 0.0) & (z_s < INF) & (z_t > 0.0) & (z_t < INF)
-    sound = sound & (tl.abs(max_s) < INF) & (tl.abs(max_t) < INF)
     max_s = tl.where(sound, max_s, nan)
     # Stored before the second sweep, which needs the registers.
     _store_normalisers(saved, pair, max_s, log_zs, max_t, log_zt, log_z1)
@@ -396,7 +395,7 @@ def _pair_constants(
     max_s, log_zs, max_t = tl.load(base), tl.load(base + 1), tl.load(base + 2)
     log_zt, c, w = tl.load(base + 3), tl.load(base + 5), tl.load(base + 7)
     teacher_vocab = tl.where(max_s == max_s, vocab, 0)
-    row_t = teacher + tl.where(max_s == max_s, _row(teacher_rows, pair), 0) * teacher_stride
+    row_t = teacher + _row(teacher_rows, pair) * teacher_stride
     k = tl.div_rn(1.0, temperature)
     soft = upstream * k * temperature * temperature if SCALE_T2 else upstream * k
     hard, picked, label, lse = 0.0, 0.0, -1, 0.0
@@ -428,8 +427,10 @@ def _gradient(s, at, constants, KIND: tl.constexpr, WITH_HARD: tl.constexpr):
         gradient = q - p
     else:
         d = log_ratio(s, t, k, k * (max_t - max_s) + log_zt - log_zs)
-        if KIND == ADAPTIVE_KL:
-            gradient = w * (q - p) - (1.0 - w) * (q * d + q * c)
+        if KIND == REVERSE_KL:
+            gradient = -q * (d + c)
+        elif KIND == ADAPTIVE_KL:
+            gradient = w * (q - p) - (1.0 - w) * q * (d + c)
         else:
             _, q_h = terms(KIND, log_p, log_q, d, alpha, beta)
             gradient = q_h - q * c

@@ -1,5 +1,4 @@
-"""The divergences between p = softmax(k t) and q = softmax(k s), token by token: D's terms and q
-dD/dq.
+"""Divergences of p = softmax(k t) and q = softmax(k s), token by token: D's terms and q dD/dq.
 
 The one place in Triton that knows what a kind is; docs/ops/divergence.md derives each line. Forward
 sums the terms, backward evaluates q h again.
@@ -78,16 +77,13 @@ def _alpha_beta_terms(log_p, log_q, d, alpha, beta):
 def terms(KIND: tl.constexpr, log_p, log_q, d, alpha, beta):
     """A block's terms of D, and q h up to what drops out, for rows where D is finite.
 
-    `adaptive_kl` mixes two kinds with weights of the whole row, so its callers ask for those.
+    Not for the two KLs and their mixture `adaptive_kl`: they are summed about another constant or
+    with weights of the whole row, and their q h is -p and -q d.
     """
     p, q = tl.exp(log_p), tl.exp(log_q)
     a = tl.abs(d)
     larger = tl.maximum(p, q)
-    if KIND == FORWARD_KL:
-        return weighted_phi(p, q, d), -p
-    elif KIND == REVERSE_KL:
-        return weighted_phi(q, p, -d), -q * d
-    elif KIND == JSD:
+    if KIND == JSD:
         x, y = _to_mixture(d, expm1(-a), beta)
         mixture = beta * p + (1.0 - beta) * q
         term = beta * weighted_phi(p, mixture, x) + (1.0 - beta) * weighted_phi(q, mixture, y)
@@ -123,10 +119,8 @@ def infinite_tokens(KIND: tl.constexpr, s, t, alpha, beta):
     """Tokens that exactly one side lacks and that make D infinite."""
     no_q = (s == -INF) & (t > -INF)
     no_p = (t == -INF) & (s > -INF)
-    if (KIND == FORWARD_KL) or (KIND == CHI2):
+    if KIND == CHI2:
         return no_q
-    elif KIND == REVERSE_KL:
-        return no_p
     elif (KIND == ADAPTIVE_KL) or (KIND == TODI):
         return no_q | no_p
     else:
