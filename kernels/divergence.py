@@ -38,7 +38,7 @@ from pydistill.kernels._common.divergences import (
     parameters_valid,
     terms,
 )
-from pydistill.kernels._common.launch import on_device, warps_for
+from pydistill.kernels._common.launch import compiler_options, on_device
 from pydistill.kernels._common.numerics import (
     FAR,
     INF,
@@ -47,6 +47,7 @@ from pydistill.kernels._common.numerics import (
     load_fp32,
     log1p,
     ordered_key,
+    partial_sums,
     phi,
     weighted_phi,
 )
@@ -79,7 +80,7 @@ def _parameters(row_params, pair, temperature, alpha, beta):
 @triton.jit
 def _sweep(
     row_s, row_t, vocab, k, about, estimate,
-    KIND: tl.constexpr, NEED_Z1: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, NEED_Z1: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pass over both rows: maxima and sums of exponentials, and for a KL its sums about
     `about`.
@@ -90,7 +91,7 @@ def _sweep(
     """
     lanes = tl.arange(0, BLOCK)
     max_s, max_t = tl.full((), -INF, tl.float32), tl.full((), -INF, tl.float32)
-    z_s = tl.zeros((BLOCK,), tl.float32)
+    z_s = tl.zeros((LANES,), tl.float32)
     z_t, z_1, phis, ratios = z_s, z_s, z_s, z_s
     reach = tl.full((), -INF, tl.float32)
     for start in range(0, vocab, BLOCK):
@@ -105,10 +106,10 @@ def _sweep(
         scale_t = tl.exp(k * (max_t - shift_t))
         e_s = tl.exp(k * (s - shift_s))
         e_t = tl.exp(k * (t - shift_t))
-        z_s = z_s * scale_s + e_s
-        z_t = z_t * scale_t + e_t
+        z_s = z_s * scale_s + partial_sums(e_s, LANES)
+        z_t = z_t * scale_t + partial_sums(e_t, LANES)
         if NEED_Z1:
-            z_1 = z_1 * tl.exp(max_s - shift_s) + tl.exp(s - shift_s)
+            z_1 = z_1 * tl.exp(max_s - shift_s) + partial_sums(tl.exp(s - shift_s), LANES)
         if (KIND == FORWARD_KL) or (KIND == REVERSE_KL):
             if KIND == FORWARD_KL:
                 lead, other, e_lead, e_other, scale = t, s, e_t, e_s, scale_t
@@ -124,16 +125,17 @@ def _sweep(
             other_in_units = e_other * tl.exp(tl.minimum(about - apart, _REACH))
             term = weighted_phi(e_lead, other_in_units, d0)
             term = tl.where((other == -INF) & (lead > -INF), INF, term)
-            phis = phis * scale + term
-            ratios = ratios * scale + e_lead * d0
+            phis = phis * scale + partial_sums(term, LANES)
+            ratios = ratios * scale + partial_sums(e_lead * d0, LANES)
         max_s, max_t = new_s, new_t
     return max_s, tl.sum(z_s, 0), max_t, tl.sum(z_t, 0), tl.sum(z_1, 0), phis, ratios, about, reach
 
 
 @triton.jit
 def _kl_sweeps(
-    row_s, row_t, vocab, k, KIND: tl.constexpr, NEED_Z1: tl.constexpr, BLOCK: tl.constexpr
-):
+    row_s, row_t, vocab, k,
+    KIND: tl.constexpr, NEED_Z1: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Maxima, sums and the KL of a row, in one pass unless the value would cancel; and what is
     added to D for c.
 
@@ -148,7 +150,7 @@ def _kl_sweeps(
     while again:
         estimate = sweeps == 0
         max_s, z_s, max_t, z_t, z_1, phis, ratios, about, reach = _sweep(
-            row_s, row_t, vocab, k, about, estimate, KIND, NEED_Z1, BLOCK
+            row_s, row_t, vocab, k, about, estimate, KIND, NEED_Z1, LANES, BLOCK
         )
         constant = k * (max_t - max_s) + tl.log(z_t) - tl.log(z_s)
         if KIND == REVERSE_KL:
@@ -213,7 +215,8 @@ def _head(row_t, vocab, k, max_t, z_t, depth, KEY_SHIFT: tl.constexpr, BLOCK: tl
 @triton.jit
 def _term_sweep(
     row_s, row_t, vocab, k, max_s, log_zs, max_t, log_zt, alpha, beta, boundary, at_boundary,
-    KIND: tl.constexpr, WITH_STATS: tl.constexpr, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WITH_STATS: tl.constexpr, KEY_SHIFT: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second pass, with the normalisers known: D, c and w (nothing for a KL, which has them),
     and statistics.
@@ -222,7 +225,7 @@ def _term_sweep(
     rounding adds to h.
     """
     lanes = tl.arange(0, BLOCK)
-    value, centre = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    value, centre = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     error, head_error, entropy_s, entropy_t, common = value, value, value, value, value
     ties = tl.full((), 0, tl.int32)
     first_s, first_t = ties + vocab, ties + vocab
@@ -236,27 +239,27 @@ def _term_sweep(
         if KIND == ADAPTIVE_KL:
             d = log_ratio(s, t, k, offset)
             infinite = infinite_tokens(KIND, s, t, alpha, beta)
-            value += tl.where(infinite, INF, weighted_phi(p, q, d))
-            centre += tl.where(infinite, INF, weighted_phi(q, p, -d))
+            value += partial_sums(tl.where(infinite, INF, weighted_phi(p, q, d)), LANES)
+            centre += partial_sums(tl.where(infinite, INF, weighted_phi(q, p, -d)), LANES)
             token_error = -tl.maximum(p, q) * expm1(-tl.abs(d))
             key = ordered_key(t) >> KEY_SHIFT
             tied = (key == boundary).to(tl.int32)
             rank = ties + tl.cumsum(tied, 0)
             in_head = (key > boundary) | ((tied != 0) & (rank <= at_boundary))
             ties += tl.sum(tied, 0)
-            error += token_error
-            head_error += tl.where(in_head, token_error, 0.0)
+            error += partial_sums(token_error, LANES)
+            head_error += partial_sums(tl.where(in_head, token_error, 0.0), LANES)
         elif (KIND != FORWARD_KL) and (KIND != REVERSE_KL):
             d = log_ratio(s, t, k, offset)
             term, q_h = terms(KIND, log_p, log_q, d, alpha, beta)
             if (KIND == CHI2) or (KIND == ALPHA_BETA) or (KIND == TODI):
                 term = tl.where(infinite_tokens(KIND, s, t, alpha, beta), INF, term)
-            value += term
-            centre += q_h
+            value += partial_sums(term, LANES)
+            centre += partial_sums(q_h, LANES)
         if WITH_STATS:
-            entropy_s -= q * tl.maximum(log_q, -FAR)
-            entropy_t -= p * tl.maximum(log_p, -FAR)
-            common += tl.minimum(p, q)
+            entropy_s -= partial_sums(q * tl.maximum(log_q, -FAR), LANES)
+            entropy_t -= partial_sums(p * tl.maximum(log_p, -FAR), LANES)
+            common += partial_sums(tl.minimum(p, q), LANES)
             first_s = tl.minimum(first_s, tl.min(tl.where(s == max_s, at, vocab), 0))
             first_t = tl.minimum(first_t, tl.min(tl.where(t == max_t, at, vocab), 0))
     d_value, c, w = tl.sum(value, 0), tl.sum(centre, 0), tl.sum(head_error, 0)
@@ -303,7 +306,8 @@ def _divergence_forward(
     student_count, teacher_count, student_stride, teacher_stride, vocab, temperature, alpha, beta,
     label_weight, z_loss, search_depth, KIND: tl.constexpr, SCALE_T2: tl.constexpr,
     WITH_HARD: tl.constexpr, NEED_Z1: tl.constexpr, WITH_STATS: tl.constexpr,
-    KEY_SHIFT: tl.constexpr, SEARCH_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    KEY_SHIFT: tl.constexpr, SEARCH_BLOCK: tl.constexpr, LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pair: its loss, saved values and statistics."""
     pair = tl.program_id(0).to(tl.int64)
@@ -335,12 +339,12 @@ def _divergence_forward(
     k = tl.div_rn(1.0, temperature)
     if (KIND == FORWARD_KL) or (KIND == REVERSE_KL):
         max_s, z_s, max_t, z_t, z_1, value, adjust = _kl_sweeps(
-            row_s, row_t, vocab, k, KIND, NEED_Z1, BLOCK
+            row_s, row_t, vocab, k, KIND, NEED_Z1, LANES, BLOCK
         )
         c = value + adjust if KIND == REVERSE_KL else tl.full((), -1.0, tl.float32)
     else:
         max_s, z_s, max_t, z_t, z_1, _, _, _, _ = _sweep(
-            row_s, row_t, vocab, k, 0.0, False, KIND, NEED_Z1, BLOCK
+            row_s, row_t, vocab, k, 0.0, False, KIND, NEED_Z1, LANES, BLOCK
         )
     log_zs, log_zt = tl.log(z_s), tl.log(z_t)
     log_z1 = tl.log(z_1) if NEED_Z1 else log_zs
@@ -365,7 +369,7 @@ def _divergence_forward(
             )
         swept, swept_c, w, entropy_s, entropy_t, common, agree = _term_sweep(
             row_s, row_t, vocab, k, max_s, log_zs, max_t, log_zt, alpha, beta, boundary,
-            at_boundary, KIND, WITH_STATS, KEY_SHIFT, BLOCK,
+            at_boundary, KIND, WITH_STATS, KEY_SHIFT, LANES, BLOCK,
         )  # fmt: skip
         if (KIND != FORWARD_KL) and (KIND != REVERSE_KL):
             value, c = swept, tl.where(swept < INF, swept_c, nan)
@@ -510,7 +514,8 @@ def divergence_fwd(
     if loss.shape[0] == 0:
         return
     with_hard = label_weight != 0.0 or z_loss != 0.0
-    block, warps = _shape(vocab, student, teacher)
+    with_stats = stats.numel() > 0
+    block, elements = _shape(vocab, student, teacher)
     with on_device(student):
         _divergence_forward[(loss.shape[0],)](
             student, teacher, student_rows, teacher_rows,
@@ -519,8 +524,9 @@ def divergence_fwd(
             temperature, alpha, beta, label_weight, z_loss, math.log(2 * vocab) + 1.0,
             KIND=kind, SCALE_T2=scale_t2, WITH_HARD=with_hard,
             NEED_Z1=with_hard and (params is not None or temperature != 1.0),
-            WITH_STATS=stats.numel() > 0, KEY_SHIFT=_UNUSED_BITS[teacher.dtype],
-            SEARCH_BLOCK=min(block, 1024), BLOCK=block, num_warps=warps,
+            WITH_STATS=with_stats, KEY_SHIFT=_UNUSED_BITS[teacher.dtype],
+            SEARCH_BLOCK=min(block, 1024), LANES=block // elements, BLOCK=block,
+            **compiler_options(block, elements, _forward_registers(kind, with_hard or with_stats)),
         )  # fmt: skip
 
 
@@ -536,14 +542,14 @@ def divergence_bwd(
     programs = grad_rows.shape[0] if row_start is None else student.shape[0]
     if programs == 0:
         return
-    block, warps = _shape(vocab, student, teacher)
+    block, elements = _shape(vocab, student, teacher)
     with on_device(student):
         _divergence_backward[(programs,)](
             student, teacher, student_rows, teacher_rows, row_start, pairs, labels, params, saved,
             grad_rows, grad, student.shape[0], student.stride(0), teacher.stride(0), grad.stride(0),
             student.shape[1], vocab, temperature, alpha, beta, label_weight, z_loss, KIND=kind,
             SCALE_T2=scale_t2, WITH_HARD=label_weight != 0.0 or z_loss != 0.0, BLOCK=block,
-            num_warps=warps,
+            **compiler_options(block, elements),
         )  # fmt: skip
 
 
@@ -568,9 +574,13 @@ _UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
 def _shape(vocab: int, student: Tensor, teacher: Tensor) -> tuple[int, int]:
-    """A program's block and warps: every thread loads 16 bytes at once from the side with the
-    smaller dtype.
-    """
+    """A program's block, and how much of it a thread holds: 16 bytes of the smaller dtype."""
     elements = 16 // min(student.element_size(), teacher.element_size())
-    block = elements * min(THREADS, max(64, triton.next_power_of_2(vocab) // elements))
-    return block, warps_for(block, elements)
+    return elements * min(THREADS, max(64, triton.next_power_of_2(vocab) // elements)), elements
+
+
+def _forward_registers(kind: int, more: bool) -> int | None:
+    """Forward's register limit; `more` work a token than the two normalisers and D."""
+    if kind in (ALPHA_BETA.value, ADAPTIVE_KL.value):
+        return 168
+    return 128 if more and kind not in (FORWARD_KL.value, REVERSE_KL.value) else None

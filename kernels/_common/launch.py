@@ -16,11 +16,17 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def warps_for(block: int, elements_per_thread: int) -> int:
-    """Warps of a program whose threads hold `elements_per_thread` of each block of `block`
-    elements.
+def compiler_options(
+    block: int, elements_per_thread: int, registers: int | None = None
+) -> dict[str, int]:
+    """Launch options of a program whose threads hold so many elements of each block.
+
+    `registers` is a limit per thread for NVIDIA. Naming one, even a generous one, keeps ptxas from
+    spilling a register or two to reach its next step of occupancy.
     """
     if triton.knobs.runtime.interpret:
-        return 1
-    warp = triton.runtime.driver.active.get_current_target().warp_size
-    return max(1, min(16, block // (warp * elements_per_thread)))
+        return {}
+    target = triton.runtime.driver.active.get_current_target()
+    warps = max(1, min(16, block // (target.warp_size * elements_per_thread)))
+    limited = registers is not None and target.backend == "cuda"
+    return {"num_warps": warps, "maxnreg": registers} if limited else {"num_warps": warps}
