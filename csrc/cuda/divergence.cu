@@ -3,7 +3,7 @@
 //
 // Bytes: forward_kl and reverse_kl read a pair once, and again only where a row's sums cancel;
 // the other kinds need the normalisers before their terms and read it twice; adaptive_kl looks for
-// the teacher's head in between (up to 8 reads of the teacher's row). Statistics are a sweep of
+// the teacher's head in between (up to 9 reads of the teacher's row). Statistics are a sweep of
 // their own. Backward reads both rows once and writes the gradient.
 //
 // Every result is the same from run to run: sums have a fixed order and there are no atomics.

@@ -84,7 +84,9 @@ def traffic(
 ) -> tuple[Call, Call]:
     leaf = student.clone().requires_grad_()
     with simulated(hooked()) as calls:
-        divergence(leaf, teacher, kind, temperature=temperature, reduction="sum", impl="cuda").backward()
+        divergence(
+            leaf, teacher, kind, temperature=temperature, reduction="sum", impl="cuda"
+        ).backward()
     assert [call.name for call in calls] == ["pyd_divergence_forward", "pyd_divergence_backward"]
     return calls[0], calls[1]
 
@@ -104,10 +106,12 @@ def test_bytes(kind: str, dtype: torch.dtype) -> None:
     assert backward.report.buffers["grad"].bytes_moved == once
     # 16 bytes a thread: a warp's request is 16 sectors of 32 bytes.
     seen = backward.report.buffers["student"]
-    assert seen.load_requests * 512 == once and seen.load_sectors * 32 == once * (4 // dtype.itemsize)
+    assert seen.load_requests * 512 == once and seen.load_sectors * 32 == once * (
+        4 // dtype.itemsize
+    )
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (BF16, 4), (FP16, 5)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 9), (BF16, 5), (FP16, 6)])
 def test_bytes_of_adaptive_kl(dtype: torch.dtype, most: int) -> None:
     """The teacher's row is read up to `most` more times, and a last time in part for the ties."""
     student, teacher = torch.randn(1, 4096).to(dtype), torch.randn(1, 4096).to(dtype)
