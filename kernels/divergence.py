@@ -74,6 +74,9 @@ def _parameters(row_params, pair, temperature, alpha, beta):
         temperature = tl.load(row_params + pair * 3)
         alpha = tl.load(row_params + pair * 3 + 1)
         beta = tl.load(row_params + pair * 3 + 2)
+    else:
+        temperature = tl.full((), temperature, tl.float32)
+        alpha, beta = tl.full((), alpha, tl.float32), tl.full((), beta, tl.float32)
     return temperature, alpha, beta
 
 

@@ -1,0 +1,40 @@
+"""Every known way to break `divergence`'s Triton kernels is noticed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.ladder.mutants import divergence_triton as mutants
+from tools.ladder.mutation import Mutant, assert_all_killed, run_mutants
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+
+
+def run(file: str, chosen: list[Mutant]) -> None:
+    check = mutants.check_functions if file.startswith("_common") else mutants.check_kernels
+    name = "pydistill.kernels." + file.removesuffix(".py").replace("/", ".")
+    assert_all_killed(run_mutants(KERNELS / file, chosen, check, module_name=name))
+
+
+@pytest.mark.ladder
+def test_some_mutants_die() -> None:
+    run("divergence.py", [*mutants.FORWARD[4:10:2], *mutants.BACKWARD[4:6]])
+
+
+@pytest.mark.ladder_full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("file", "chosen"),
+    [
+        ("divergence.py", mutants.FORWARD),
+        ("divergence.py", mutants.BACKWARD),
+        ("_common/divergences.py", mutants.KINDS),
+        ("_common/numerics.py", mutants.NUMERICS),
+    ],
+    ids=["forward", "backward", "kinds", "numerics"],
+)
+def test_all_mutants_die(file: str, chosen: list[Mutant]) -> None:
+    assert len(chosen) >= 10 or file.endswith("numerics.py")
+    run(file, chosen)
