@@ -16,7 +16,7 @@ from pydistill import _native, _registry
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The rows here are few, so threads would only cost time; what hangs on them has its own test."""
+    """The rows here are few, so threads only cost time; what hangs on them has its own test."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

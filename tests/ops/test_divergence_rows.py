@@ -30,9 +30,7 @@ def both(student: Tensor, teacher: Tensor, kind: str, impl: str) -> tuple[Tensor
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_independent_of_threads(
-    kind: str, dtype: torch.dtype, each_cpu: str, threads: None
-) -> None:
+def test_independent_of_threads(kind: str, dtype: torch.dtype, each_cpu: str) -> None:
     student, teacher = (3 * torch.randn(2, 37, 2111)).to(dtype).unbind()
     results = []
     for count in (1, 2, 3):
