@@ -1,16 +1,18 @@
 """Where an operator's kernels are registered, and which of them a call uses.
 
-An operator's kernels are `out` ops that return nothing. Each is defined once, here, with one schema in three
-namespaces, so that torch's own dispatcher holds the backends and `torch.compile` sees every one of them:
+An operator's kernels are `out` ops that return nothing. Each is defined once, here, with one schema
+in three namespaces, so that torch's own dispatcher holds the backends and `torch.compile` sees
+every one of them:
 
 | namespace | dispatch key | kernel |
 |---|---|---|
 | `pydistill` | `CompositeExplicitAutograd` | the reference |
 | `pydistill` | `CPU` | C++ (`csrc/ops/<op>.cpp`, present when the native library is loaded) |
-| `pydistill_triton` | `CompositeExplicitAutograd` | Triton (`kernels/<op>.py`, imported at the first call) |
+| `pydistill_triton` | `CompositeExplicitAutograd` | Triton (`kernels/<op>.py`, on first call) |
 | `pydistill_cuda` | `CUDA` | CUDA C++ (present when the optional CUDA library is loaded) |
 
-`impl="auto"` is resolved in Python by `resolve`, in the order of `Operator.order`; an explicit `impl` never falls back.
+`impl="auto"` is resolved in Python by `resolve`, in the order of `Operator.order`; an explicit
+`impl` never falls back.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ from pydistill import _native
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 IMPLS = ("auto", *BACKENDS)
-_NAMESPACE = {"reference": "pydistill", "cpu": "pydistill", "triton": "pydistill_triton", "cuda": "pydistill_cuda"}
+_NAMESPACE = {
+    "reference": "pydistill",
+    "cpu": "pydistill",
+    "triton": "pydistill_triton",
+    "cuda": "pydistill_cuda",
+}
 _libraries = {ns: torch.library.Library(ns, "FRAGMENT") for ns in set(_NAMESPACE.values())}
 
 
@@ -87,7 +94,9 @@ def overload(name: str, backend: str) -> Callable[..., None]:
 def has_kernel(name: str, backend: str) -> bool:
     """Whether `backend` has an implementation of kernel `name` in this process."""
     if backend == "cpu":
-        return _native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill::{name}", "CPU")
+        return _native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"pydistill::{name}", "CPU"
+        )
     if backend == "cuda":
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill_cuda::{name}", "CUDA")
     if backend == "triton":
@@ -98,8 +107,9 @@ def has_kernel(name: str, backend: str) -> bool:
 def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
     """The backend for a call of operator `name` on tensors of `dtype` on device type `device`.
 
-    Raises `ValueError` for an unknown `impl`, or for an explicit one that cannot serve this tensor here: an explicit
-    choice never falls back. `auto` warns once when it lands on the reference although a kernel exists for the dtype.
+    Raises `ValueError` for an unknown `impl`, or for an explicit one that cannot serve this tensor
+    here: an explicit choice never falls back. `auto` warns once when it lands on the reference
+    although a kernel exists for the dtype.
     """
     op = OPERATORS[name]
     if impl not in IMPLS:
@@ -128,7 +138,9 @@ def explain(op: Operator, device: str, dtype: torch.dtype = torch.float32) -> Ch
         if reason is None:
             return Choice(backend, _capability() if backend == "cpu" else "kernel found")
         reasons.append(f"{backend}: {reason}")
-    return Choice("reference", "; ".join(reasons) or f"no kernels are written for device type {device!r}.")
+    return Choice(
+        "reference", "; ".join(reasons) or f"no kernels are written for device type {device!r}."
+    )
 
 
 def _capability() -> str:
@@ -145,10 +157,16 @@ def _unavailable(op: Operator, backend: str, device: str, dtype: torch.dtype) ->
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
     if device != wanted:
-        return f"the tensors are on device type {device!r}; move them to {wanted!r} or choose another impl."
+        return (
+            f"the tensors are on device type {device!r}; move them to {wanted!r} or choose another"
+            " impl."
+        )
     if not has_kernel(op.kernels[0], backend):
         if backend == "cpu":
-            return _native.reason() or "the native library has no such kernel; rebuild it (pip install -e .)."
+            return (
+                _native.reason()
+                or "the native library has no such kernel; rebuild it (pip install -e .)."
+            )
         if backend == "triton":
             return "the package triton is not installed; install pydistill-kernels[triton]."
         return "the CUDA library is not built; build with PYDISTILL_BUILD_CUDA=1."

@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
-#include <type_traits>
 
 #include "cuda/launch.h"
 
@@ -213,7 +212,8 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) 
   return value;
 }
 
-// The same for N values at once, with two barriers in all. `scratch` holds N * kBlock / 32 elements.
+// The same for N values at once, with two barriers in all. `scratch` holds N * kBlock / 32
+// elements.
 template <int kBlock, int N, class T, class Combine>
 __device__ __forceinline__ void block_reduce_each(T (&values)[N], Combine combine, T* scratch) {
   constexpr int kWarps = kBlock / kWarp;

@@ -79,9 +79,11 @@ struct Rows {
 };
 
 // How a row's logits become p, q and d. Built from the values that forward saves, in the same way
-// by forward and by backward: what rounding takes from `shift` cancels between pull and its sum.
+// by forward and by backward: what rounding takes from the shift cancels between pull and its sum.
+// The shift, k2 (max_t - max_s) + log2_zt - log2_zs, comes in two parts: the first may be large, is
+// a float exactly, and leaves the fused product-minus-shift as small as d is.
 struct Normal {
-  float k2, max_s, max_t, log2_zs, log2_zt, shift;
+  float k2, max_s, max_t, log2_zs, log2_zt, shift, rest;
 
   __device__ __forceinline__ Token token(float s, float t) const {
     Token x;
@@ -90,7 +92,7 @@ struct Normal {
     x.p = exp2f(x.log2_p);
     x.q = exp2f(x.log2_q);
     const bool absent = t == -INFINITY && s == -INFINITY;
-    x.d = absent ? 0.0f : kLn2 * fmaf(k2, t - s, -shift);
+    x.d = absent ? 0.0f : kLn2 * (fmaf(k2, t - s, -shift) - rest);
     x.gap = probability_gap(x.p, x.q, x.d);
     return x;
   }
@@ -99,8 +101,9 @@ struct Normal {
 __device__ __forceinline__ Normal normal_of(float temperature, float max_s, float logz_s,
                                             float max_t, float logz_t) {
   const float k2 = kLog2E / temperature;
-  const float shift = fmaf(k2, max_t - max_s, kLog2E * (logz_t - logz_s));
-  return {k2, max_s, max_t, kLog2E * logz_s, kLog2E * logz_t, shift};
+  const float shift = k2 * (max_t - max_s);
+  const float rest = fmaf(k2, max_t - max_s, -shift) + kLog2E * (logz_t - logz_s);
+  return {k2, max_s, max_t, kLog2E * logz_s, kLog2E * logz_t, shift, rest};
 }
 
 // What the first sweep finds, about the maxima of the block.
@@ -252,18 +255,19 @@ __device__ __forceinline__ bool kl_of(const Seen& seen, const Normal& normal, fl
   const float z = kReverse ? seen.z_s : seen.z_t;
   const float a = seen.phi_sum / z, b = seen.d_sum / z;
   const float shift = kReverse ? -normal.shift : normal.shift;
+  const float rest = kReverse ? -normal.rest : normal.rest;
   const float grown = a - b;  // exp(-delta) - 1
   if (fabsf(grown) < 0.25f) {
     const float delta = -log1pf(grown);
     const float taken = phi_small(delta);
     const float value = fmaxf(a - taken, 0.0f);
     if (taken <= 8.0f * value || a < 1e-11f) {
-      const float error = kLn2 * (seen.guess - shift) + delta;
+      const float error = kLn2 * (seen.guess - shift - rest) + delta;
       row = {value, kReverse ? value + error : -error};
       return true;
     }
   }
-  const float delta = kLn2 * (shift - seen.guess);
+  const float delta = kLn2 * (shift - seen.guess + rest);
   const float value = b - delta;
   const float touched = fabsf(b) + kLn2 * (fabsf(shift) + fabsf(seen.guess)) + logz_s + logz_t;
   row = {value, kReverse ? value : 0.0f};

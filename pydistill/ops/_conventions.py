@@ -1,8 +1,8 @@
 """Other projects' conventions for one and the same divergence, by name.
 
-The same words mean different numbers in different projects: whether T^2 multiplies the loss, which side beta weighs,
-what beta = 0 and 1 are, whether the teacher's entropy is part of the value. A convention fixes these; tests pin each
-one's value and gradient by its formula.
+The same words mean different numbers in different projects: whether T^2 multiplies the loss, which
+side beta weighs, what beta = 0 and 1 are, whether the teacher's entropy is part of the value. A
+convention fixes these; tests pin each one's value and gradient by its formula.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor
 class Convention(NamedTuple):
     """How a project reads `kind`, `beta` and `temperature`.
 
-    scale_t2: multiplies the divergence by T^2. kl_ends: jsd at beta = 0 is forward_kl and at 1 reverse_kl.
-    student_beta: beta weighs the student in the mixture (M = (1 - beta) p + beta q). soft_cross_entropy: KLs from the
-    teacher are reported as cross-entropy, without subtracting the teacher's entropy (the gradient is the same).
+    scale_t2: multiplies the divergence by T^2. kl_ends: jsd at beta = 0 is forward_kl and at 1
+    reverse_kl.
+    student_beta: beta weighs the student in the mixture (M = (1 - beta) p + beta q).
+    soft_cross_entropy: KLs from the teacher are reported as cross-entropy, without subtracting the
+    teacher's entropy (the gradient is the same).
     """
 
     scale_t2: bool = False
@@ -47,14 +49,17 @@ CONVENTIONS: dict[str, Convention] = {
     "liger": Convention(kl_ends=True, kinds=("forward_kl", "reverse_kl", "jsd", "tvd")),
     # DistillKit multiplies every divergence by T^2.
     "distillkit": Convention(scale_t2=True, kinds=("forward_kl", "jsd", "tvd")),
-    # DistiLLM (arXiv 2402.03898): lambda weighs the student in the JSD; forward KLs keep the cross-entropy form.
+    # DistiLLM (arXiv 2402.03898): lambda weighs the student in the JSD; forward KLs keep the
+    # cross-entropy form.
     "distillm": Convention(
         student_beta=True,
         soft_cross_entropy_kinds=("forward_kl", "skew_forward_kl"),
         kinds=("forward_kl", "reverse_kl", "jsd", "tvd", "skew_forward_kl", "skew_reverse_kl"),
     ),
     # torchtune's forward KL is the cross-entropy with soft targets.
-    "torchtune": Convention(soft_cross_entropy_kinds=("forward_kl",), kinds=("forward_kl", "reverse_kl")),
+    "torchtune": Convention(
+        soft_cross_entropy_kinds=("forward_kl",), kinds=("forward_kl", "reverse_kl")
+    ),
 }
 
 
@@ -63,7 +68,9 @@ def find_convention(name: str | None, kind: str) -> Convention:
     if name is None:
         return Convention()
     if name not in CONVENTIONS:
-        raise ValueError(f"convention={name!r} is not known; use one of {', '.join(CONVENTIONS)} or None.")
+        raise ValueError(
+            f"convention={name!r} is not known; use one of {', '.join(CONVENTIONS)} or None."
+        )
     found = CONVENTIONS[name]
     if kind not in found.kinds:
         raise ValueError(

@@ -1,7 +1,9 @@
-"""What every operator on rows of logits shares: prefixes, one-value-a-row arguments, masks, reductions, batching.
+"""What every operator on rows of logits shares: prefixes, one-value-a-row arguments, masks,
+reductions, batching.
 
-A row is one position of the flattened prefix of `[..., V]`. A row is *counted* when its mask is True, its label is not
-`ignore_index` and its weight is not zero; kernels never read the logits of a row that is not counted.
+A row is one position of the flattened prefix of `[..., V]`. A row is *counted* when its mask is
+True, its label is not `ignore_index` and its weight is not zero; kernels never read the logits of a
+row that is not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def values_readable(x: Tensor) -> bool:
-    """Whether reading a value of `x` now is free: eager, on the CPU, not inside a functorch transform."""
+    """Whether reading a value of `x` now is free: eager, on the CPU, not inside a functorch
+    transform."""
     return (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -33,11 +36,14 @@ def check_logits(name: str, logits: Tensor) -> None:
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"{name} has dtype {logits.dtype}; pass fp32, bf16, fp16 or fp64 logits.")
     if logits.ndim == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} has shape {tuple(logits.shape)}; pass logits [..., V] with V >= 1.")
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)}; pass logits [..., V] with V >= 1."
+        )
 
 
 def flatten(logits: Tensor) -> Tensor:
-    """`[..., V]` as `[rows, V]` with a unit last stride; a view where the strides allow it, else a copy."""
+    """`[..., V]` as `[rows, V]` with a unit last stride; a view where the strides allow it, else a
+    copy."""
     rows = logits if logits.ndim == 2 else logits.reshape(-1, logits.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
@@ -47,20 +53,30 @@ def row_index(name: str, index: Tensor | None, limit: int, device: torch.device)
     if index is None:
         return None
     if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 1:
-        got = f"{index.dtype} {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{name} is {got}; pass an int64 tensor [R] of rows of the flattened prefix.")
+        got = (
+            f"{index.dtype} {tuple(index.shape)}"
+            if isinstance(index, Tensor)
+            else type(index).__name__
+        )
+        raise TypeError(
+            f"{name} is {got}; pass an int64 tensor [R] of rows of the flattened prefix."
+        )
     check_device(name, index, device)
     if values_readable(index) and index.numel():
         low, high = (int(v) for v in index.aminmax())
         if low < 0 or high >= limit:
             bad = low if low < 0 else high
-            raise ValueError(f"{name} holds {bad}, outside the {limit} rows of the prefix; use 0 to {limit - 1}.")
+            raise ValueError(
+                f"{name} holds {bad}, outside the {limit} rows of the prefix; use 0 to {limit - 1}."
+            )
     return index.contiguous()
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device} and student_logits on {device}; move one of them.")
+        raise ValueError(
+            f"{name} is on {x.device} and student_logits on {device}; move one of them."
+        )
 
 
 def row_values(name: str, value: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -68,7 +84,8 @@ def row_values(name: str, value: Tensor, shape: Sequence[int], device: torch.dev
     check_device(name, value, device)
     if value.ndim and tuple(value.shape) != tuple(shape):
         raise ValueError(
-            f"{name} has shape {tuple(value.shape)}; pass a scalar or one value a row, shape {tuple(shape)}."
+            f"{name} has shape {tuple(value.shape)}; pass a scalar or one value a row, shape"
+            f" {tuple(shape)}."
         )
     return value.expand(tuple(shape)).reshape(-1)
 
@@ -76,7 +93,8 @@ def row_values(name: str, value: Tensor, shape: Sequence[int], device: torch.dev
 def check_range(
     name: str, value: float | Tensor, low: float, high: float, *, strict: bool = True, fix: str = ""
 ) -> None:
-    """Raises when a scalar, or a per-row value that can be read freely, is outside (low, high) or not finite."""
+    """Raises when a scalar, or a per-row value that can be read freely, is outside (low, high) or
+    not finite."""
     if isinstance(value, Tensor):
         if not values_readable(value) or not value.numel():
             return
@@ -99,12 +117,18 @@ def row_scalar(name: str, value: object) -> float | Tensor:
     """A scalar or a tensor; anything else, and a tensor that requires grad, raises."""
     if isinstance(value, Tensor):
         if value.requires_grad or has_tangent(value):
-            raise ValueError(f"{name} requires grad, but no gradient flows to it; pass {name}.detach().")
+            raise ValueError(
+                f"{name} requires grad, but no gradient flows to it; pass {name}.detach()."
+            )
         if not value.dtype.is_floating_point:
-            raise TypeError(f"{name} has dtype {value.dtype}; pass a floating-point tensor or a number.")
+            raise TypeError(
+                f"{name} has dtype {value.dtype}; pass a floating-point tensor or a number."
+            )
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a {type(value).__name__}; pass a number or a tensor of one value a row.")
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; pass a number or a tensor of one value a row."
+        )
     return float(value)
 
 
@@ -119,7 +143,9 @@ def counted_rows(
     if labels is not None:
         kept = labels != ignore_index
         counted = kept if counted is None else counted & kept
-    if weight is not None and not weight.requires_grad:  # a learned weight of 0 still has a gradient
+    if (
+        weight is not None and not weight.requires_grad
+    ):  # a learned weight of 0 still has a gradient
         kept = weight != 0
         counted = kept if counted is None else counted & kept
     return counted
@@ -133,7 +159,8 @@ def reduce_rows(
     denominator: float | Tensor | None,
     shape: Sequence[int],
 ) -> Tensor:
-    """Weights `[R]` row losses and reduces them: mean is sum(w l) / sum(w), or / `denominator`; 0 if nothing counts."""
+    """Weights `[R]` row losses and reduces them: mean is sum(w l) / sum(w), or / `denominator`; 0
+    if nothing counts."""
     if weight is not None:
         loss = weight.to(loss.dtype) * loss
         if counted is not None:
@@ -165,32 +192,43 @@ def mean_scale(
 
 def check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r} is not known; use one of {', '.join(REDUCTIONS)}.")
+        raise ValueError(
+            f"reduction={reduction!r} is not known; use one of {', '.join(REDUCTIONS)}."
+        )
     if denominator is None:
         return
     if reduction != "mean":
-        raise ValueError(f"denominator is given with reduction={reduction!r}; it belongs to reduction='mean'.")
+        raise ValueError(
+            f"denominator is given with reduction={reduction!r}; it belongs to reduction='mean'."
+        )
     if isinstance(denominator, Tensor):
         if denominator.numel() != 1:
-            raise ValueError(f"denominator has shape {tuple(denominator.shape)}; pass a number or a 0-d tensor.")
+            raise ValueError(
+                f"denominator has shape {tuple(denominator.shape)}; pass a number or a 0-d tensor."
+            )
         if denominator.requires_grad:
-            raise ValueError("denominator requires grad, but none flows to it; pass denominator.detach().")
+            raise ValueError(
+                "denominator requires grad, but none flows to it; pass denominator.detach()."
+            )
     check_range("denominator", denominator, 0.0, math.inf, fix="pass the number of counted tokens.")
 
 
 def group_by_row(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """For `index [R]` into `rows` rows: `start [rows + 1]` and `pairs [R]`, so that pairs[start[i]:start[i+1]] hold i."""
+    """For `index [R]` into `rows` rows: `start [rows + 1]` and `pairs [R]`, so that
+    pairs[start[i]:start[i+1]] hold i."""
     ordered, pairs = torch.sort(index, stable=True)
     bounds = torch.arange(rows + 1, device=index.device)
     return torch.searchsorted(ordered, bounds), pairs
 
 
-def lead(x: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+def lead(x: Tensor, dim: int | None, batch: int) -> Tensor:
     """`x` with its vmapped dimension (or a new one) merged into dimension 0."""
-    if x is None:
-        return None
     batched = x.movedim(dim, 0) if dim is not None else x.expand(batch, *x.shape)
     return batched.reshape(-1, *batched.shape[2:])
+
+
+def lead_optional(x: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+    return None if x is None else lead(x, dim, batch)
 
 
 def lead_index(index: Tensor | None, dim: int | None, batch: int, rows: int) -> Tensor | None:

@@ -2,16 +2,19 @@
 
 For a row of V logits, with p = softmax(teacher / T), q = softmax(student / T),
 
-    loss = (1 - label_weight) * t2 * D(p, q) + label_weight * CE(student, label) + z_loss * logsumexp(student)^2
+    loss = (1 - label_weight) * t2 * D(p, q) + label_weight * CE(student, label) + z_loss *
+    logsumexp(student)^2
 
-where t2 is T^2 or 1, and CE and the z-loss are at temperature 1. With h = dD/dq, the gradient of D with respect to the
-student's logits is q * (h - sum(q h)) / T. `KINDS` lists D; docs/ops/divergence.md gives each D and h and its source.
+where t2 is T^2 or 1, and CE and the z-loss are at temperature 1. With h = dD/dq, the gradient of D
+with respect to the student's logits is q * (h - sum(q h)) / T. `KINDS` lists D;
+docs/ops/divergence.md gives each D and h and its source.
 
-Shapes: logits [..., V], one loss a row. Inputs fp32, bf16 or fp16 (fp64 on the reference), the two sides may differ;
-arithmetic, statistics and loss are fp32 (fp64 for fp64); the gradient comes back in the student's dtype.
-Cost: forward reads each row once (twice from memory on a GPU where D needs the normalisers first); backward recomputes
-p and q from the normalisers it saved, so extra memory is O(rows) and any upstream gradient, a repeated backward and
-`retain_graph` are right. `overwrite_logits=True` trades that for no gradient memory at all.
+Shapes: logits [..., V], one loss a row. Inputs fp32, bf16 or fp16 (fp64 on the reference), the two
+sides may differ; arithmetic, statistics and loss are fp32 (fp64 for fp64); the gradient comes back
+in the student's dtype. Cost: forward reads each row once (twice from memory on a GPU where D needs
+the normalisers first); backward recomputes p and q from the normalisers it saved, so extra memory
+is O(rows) and any upstream gradient, a repeated backward and `retain_graph` are right.
+`overwrite_logits=True` trades that for no gradient memory at all.
 """
 
 from __future__ import annotations
@@ -37,20 +40,24 @@ from pydistill.reference.divergence import (
     divergence_reference,
 )
 
-
 OP = _registry.operator("divergence", {torch.float32, torch.bfloat16, torch.float16})
 
 
 class DivergenceStats(NamedTuple):
-    """`divergence_with_stats`: the loss and, a row each (shape of the prefix, no gradient, NaN where not counted)."""
+    """`divergence_with_stats`: the loss and, a row each (shape of the prefix, no gradient, NaN
+    where not counted)."""
 
     loss: Tensor
     student_lse: Tensor  # logsumexp(student / T)
     teacher_lse: Tensor
     student_entropy: Tensor  # nats
     teacher_entropy: Tensor
-    acceptance: Tensor  # sum min(p, q): the probability that speculative decoding accepts a draft token
-    argmax_agreement: Tensor  # 1.0 where both sides prefer the same token (the first of equals), else 0.0
+    acceptance: (
+        Tensor  # sum min(p, q): the probability that speculative decoding accepts a draft token
+    )
+    argmax_agreement: (
+        Tensor  # 1.0 where both sides prefer the same token (the first of equals), else 0.0
+    )
 
 
 def divergence(
@@ -77,47 +84,73 @@ def divergence(
     overwrite_logits: bool = False,
     impl: str = "auto",
 ) -> Tensor:
-    """Divergence of the student's distribution from the teacher's, differentiable in the student's logits.
+    """Divergence of the student's distribution from the teacher's, differentiable in the student's
+    logits.
 
     Args:
         student_logits: `[..., V]`, any strides. fp32, bf16, fp16; fp64 on the reference.
-        teacher_logits: `[..., V]`, same prefix (see the row arguments), any of those dtypes; must not require grad.
+        teacher_logits: `[..., V]`, same prefix (see the row arguments), any of those dtypes; must
+            not require grad.
         kind: one of `KINDS`.
-        beta, alpha: the kind's parameters, a scalar or one value a row; None takes the kind's default. `jsd` needs
-            0 < beta < 1, the skewed kinds 0 < alpha < 1, `alpha_beta` any finite pair.
+        beta, alpha: the kind's parameters, a scalar or one value a row; None takes the kind's
+            default. `jsd` needs 0 < beta < 1, the skewed kinds 0 < alpha < 1, `alpha_beta` any
+            finite pair.
         temperature: T > 0, a scalar or one value a row. Both sides are divided by it.
-        scale_t2: multiplies D by T^2 (Hinton et al. 2015), so that gradients keep their size as T grows.
+        scale_t2: multiplies D by T^2 (Hinton et al. 2015), so that gradients keep their size as T
+        grows.
         weight: one value a row, multiplies the row's loss; a row of weight 0 is not counted.
         mask: bool, one a row; True counts the row. The logits of other rows are never read.
         labels: int64, one a row; a row whose label is `ignore_index` is not counted.
         label_weight: share of hard-label cross-entropy in the loss, in [0, 1]; needs `labels`.
         z_loss: coefficient of logsumexp(student_logits)^2.
-        reduction: "mean" = sum(w l) / sum(w) over counted rows, or / `denominator`; "sum"; "none". With no counted
-            row, mean and sum are 0.
+        reduction: "mean" = sum(w l) / sum(w) over counted rows, or / `denominator`; "sum"; "none".
+            With no counted row, mean and sum are 0.
         denominator: what mean divides by instead (the trainers' `num_items_in_batch`).
-        student_rows, teacher_rows: int64 `[R]` into the flattened prefixes, which may then differ; pair i compares
-            student row student_rows[i] with teacher row teacher_rows[i]. Gradients of repeated rows accumulate.
-            Per-row arguments and the result of reduction="none" then have shape `[R]`.
-        vocab: "equal" raises if the vocabularies differ in size; "min" compares the first min(V_s, V_t) tokens.
+        student_rows, teacher_rows: int64 `[R]` into the flattened prefixes, which may then differ;
+            pair i compares student row student_rows[i] with teacher row teacher_rows[i]. Gradients
+            of repeated rows accumulate. Per-row arguments and the result of reduction="none" then
+            have shape `[R]`.
+        vocab: "equal" raises if the vocabularies differ in size; "min" compares the first min(V_s,
+            V_t) tokens.
         convention: reproduces another project's value and gradient, see `pydistill.CONVENTIONS`.
-        overwrite_logits: writes the gradient over `student_logits` during forward (no gradient memory). Needs a scalar
-            reduction; the logits are lost, and a second backward raises.
+        overwrite_logits: writes the gradient over `student_logits` during forward (no gradient
+            memory). Needs a scalar reduction; the logits are lost, and a second backward raises.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
 
     Returns:
         A scalar, or the prefix's shape for reduction="none"; fp32, or fp64 for fp64 logits.
 
-    Infinities: p = 0 contributes its q term or 0; where q = 0 < p makes D infinite the loss is +inf (and, except for
-    forward_kl, the row's gradient NaN); a row of only -inf is NaN, and no other row is touched.
+    Infinities: p = 0 contributes its q term or 0; where q = 0 < p makes D infinite the loss is +inf
+    (and, except for forward_kl, the row's gradient NaN); a row of only -inf is NaN, and no other
+    row is touched.
 
     Raises:
-        ValueError, TypeError: for an argument that cannot be right; the message names the value and the fix. Where
-            values cannot be read for free (under compile, on a GPU) the offending row's loss is NaN instead.
+        ValueError, TypeError: for an argument that cannot be right; the message names the value and
+            the fix. Where values cannot be read for free (under compile, on a GPU) the offending
+            row's loss is NaN instead.
     """
     call = _prepare(
-        student_logits, teacher_logits, kind, beta, alpha, temperature, scale_t2, weight, mask, labels, label_weight,
-        ignore_index, z_loss, reduction, denominator, student_rows, teacher_rows, vocab, convention, impl,
-    )  # fmt: skip
+        student_logits,
+        teacher_logits,
+        kind,
+        beta,
+        alpha,
+        temperature,
+        scale_t2,
+        weight,
+        mask,
+        labels,
+        label_weight,
+        ignore_index,
+        z_loss,
+        reduction,
+        denominator,
+        student_rows,
+        teacher_rows,
+        vocab,
+        convention,
+        impl,
+    )
     if overwrite_logits and torch.is_grad_enabled() and student_logits.requires_grad:
         return _overwrite(call, student_logits)
     loss, _ = _loss_rows(call, with_stats=call.soft_cross_entropy)
@@ -127,25 +160,35 @@ def divergence(
 def divergence_with_stats(
     student_logits: Tensor, teacher_logits: Tensor, kind: str = "forward_kl", **arguments: Any
 ) -> DivergenceStats:
-    """`divergence` and, from the same pass, each row's normalisers, entropies, acceptance and arg-max agreement.
+    """`divergence` and, from the same pass, each row's normalisers, entropies, acceptance and
+    arg-max agreement.
 
-    Takes the arguments of `divergence` except `overwrite_logits`. The statistics are those of p and q at the row's
-    temperature, have the prefix's shape (`[R]` with row indices) and carry no gradient.
+    Takes the arguments of `divergence` except `overwrite_logits`. The statistics are those of p and
+    q at the row's temperature, have the prefix's shape (`[R]` with row indices) and carry no
+    gradient.
     """
     if arguments.pop("overwrite_logits", False):
-        raise ValueError("overwrite_logits=True is not offered with statistics; call divergence for it.")
+        raise ValueError(
+            "overwrite_logits=True is not offered with statistics; call divergence for it."
+        )
     call = _prepare(student_logits, teacher_logits, kind, **{**_DEFAULTS, **arguments})
     loss, stats = _loss_rows(call, with_stats=True)
     return DivergenceStats(call.reduce(loss), *(s.reshape(call.shape) for s in stats.unbind(-1)))
 
 
 def divergence_jvp(
-    student_logits: Tensor, student_tangent: Tensor, teacher_logits: Tensor, kind: str = "forward_kl", **arguments: Any
+    student_logits: Tensor,
+    student_tangent: Tensor,
+    teacher_logits: Tensor,
+    kind: str = "forward_kl",
+    **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`divergence` and its directional derivative along `student_tangent [..., V]`: (loss, tangent of the loss).
+    """`divergence` and its directional derivative along `student_tangent [..., V]`: (loss, tangent
+    of the loss).
 
-    The explicit form of `torch.func.jvp`, and the one to use under `torch.compile`, which drops tangents of custom
-    functions. Takes the arguments of `divergence` except `overwrite_logits`. Not differentiable again.
+    The explicit form of `torch.func.jvp`, and the one to use under `torch.compile`, which drops
+    tangents of custom functions. Takes the arguments of `divergence` except `overwrite_logits`. Not
+    differentiable again.
     """
     if student_tangent.shape != student_logits.shape:
         raise ValueError(
@@ -174,25 +217,44 @@ class _Call(NamedTuple):
 
 
 def _prepare(
-    student_logits: Tensor, teacher_logits: Tensor, kind: str, beta: float | Tensor | None,
-    alpha: float | Tensor | None, temperature: float | Tensor, scale_t2: bool, weight: Tensor | None,
-    mask: Tensor | None, labels: Tensor | None, label_weight: float, ignore_index: int, z_loss: float,
-    reduction: str, denominator: float | Tensor | None, student_rows: Tensor | None, teacher_rows: Tensor | None,
-    vocab: str, convention: str | None, impl: str,
-) -> _Call:  # fmt: skip
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    kind: str,
+    beta: float | Tensor | None,
+    alpha: float | Tensor | None,
+    temperature: float | Tensor,
+    scale_t2: bool,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    label_weight: float,
+    ignore_index: int,
+    z_loss: float,
+    reduction: str,
+    denominator: float | Tensor | None,
+    student_rows: Tensor | None,
+    teacher_rows: Tensor | None,
+    vocab: str,
+    convention: str | None,
+    impl: str,
+) -> _Call:
     """Checks every argument and brings the call into the form that kernels take."""
     _rows.check_logits("student_logits", student_logits)
     _rows.check_logits("teacher_logits", teacher_logits)
     device = student_logits.device
     _rows.check_device("teacher_logits", teacher_logits, device)
     if teacher_logits.requires_grad:
-        raise ValueError("teacher_logits requires grad, but gradients flow to the student only; detach it.")
+        raise ValueError(
+            "teacher_logits requires grad, but gradients flow to the student only; detach it."
+        )
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(KINDS)}.")
     _rows.check_reduction(reduction, denominator)
     backend = _registry.resolve(OP.name, impl, device.type, student_logits.dtype)
     if backend != "reference" and teacher_logits.dtype not in OP.dtypes:
-        raise TypeError(f"teacher_logits has dtype {teacher_logits.dtype}; cast it, or pass impl='reference'.")
+        raise TypeError(
+            f"teacher_logits has dtype {teacher_logits.dtype}; cast it, or pass impl='reference'."
+        )
 
     rule = find_convention(convention, kind)
     kind, alpha, beta, scale_t2 = rule.apply(kind, alpha, beta, scale_t2)
@@ -202,14 +264,18 @@ def _prepare(
 
     label_weight, z_loss = _number("label_weight", label_weight), _number("z_loss", z_loss)
     if not 0.0 <= label_weight <= 1.0:
-        raise ValueError(f"label_weight={label_weight} is outside [0, 1]; it is the share of cross-entropy.")
+        raise ValueError(
+            f"label_weight={label_weight} is outside [0, 1]; it is the share of cross-entropy."
+        )
     if label_weight > 0.0 and labels is None:
         raise ValueError(f"label_weight={label_weight} needs labels; pass int64 labels, one a row.")
     labels = _labels(labels, ignore_index, vocab_size, shape, device)
     if mask is not None:
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"mask is {got}; pass a bool tensor, True where the row counts (mask.bool()).")
+            raise TypeError(
+                f"mask is {got}; pass a bool tensor, True where the row counts (mask.bool())."
+            )
         mask = _rows.row_values("mask", mask, shape, device)
     if weight is not None:
         if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
@@ -218,16 +284,29 @@ def _prepare(
         weight = _rows.row_values("weight", weight, shape, device)
     counted = _rows.counted_rows(mask, weight, labels, ignore_index)
 
-    options = options._replace(scale_t2=scale_t2, label_weight=label_weight, z_loss=z_loss, vocab=vocab_size)
+    options = options._replace(
+        scale_t2=scale_t2, label_weight=label_weight, z_loss=z_loss, vocab=vocab_size
+    )
     inputs = Inputs(
-        _rows.flatten(student_logits), _rows.flatten(teacher_logits), rows_s, rows_t, counted,
-        labels if label_weight > 0.0 else None, params,
-    )  # fmt: skip
-    return _Call(inputs, options, backend, shape, weight, reduction, denominator, rule.soft_cross_entropy)
+        _rows.flatten(student_logits),
+        _rows.flatten(teacher_logits),
+        rows_s,
+        rows_t,
+        counted,
+        labels if label_weight > 0.0 else None,
+        params,
+    )
+    return _Call(
+        inputs, options, backend, shape, weight, reduction, denominator, rule.soft_cross_entropy
+    )
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not -math.inf < value < math.inf
+    ):
         raise TypeError(f"{name} is {value!r}; pass a finite number.")
     return float(value)
 
@@ -238,7 +317,8 @@ def _vocab_size(student: Tensor, teacher: Tensor, vocab: str) -> int:
         raise ValueError(f"vocab={vocab!r} is not known; use 'equal' or 'min'.")
     if v_s != v_t and vocab == "equal":
         raise ValueError(
-            f"student_logits has {v_s} tokens and teacher_logits {v_t}; pass vocab='min' to compare the first"
+            f"student_logits has {v_s} tokens and teacher_logits {v_t}; pass vocab='min' to"
+            " compare the first"
             f" {min(v_s, v_t)}, if both tokenizers share them."
         )
     return min(v_s, v_t)
@@ -255,28 +335,39 @@ def _pairs(
     if rows_s is None and rows_t is None:
         if prefix_s != prefix_t:
             raise ValueError(
-                f"student_logits has prefix {prefix_s} and teacher_logits {prefix_t}; make them equal or name the"
+                f"student_logits has prefix {prefix_s} and teacher_logits {prefix_t}; make them"
+                " equal or name the"
                 " pairs with student_rows and teacher_rows."
             )
         return prefix_s, None, None
     size_s = count_s if rows_s is None else rows_s.shape[0]
     size_t = count_t if rows_t is None else rows_t.shape[0]
     if size_s != size_t:
-        raise ValueError(f"the student's side has {size_s} rows and the teacher's {size_t}; they pair one to one.")
+        raise ValueError(
+            f"the student's side has {size_s} rows and the teacher's {size_t}; they pair one to"
+            " one."
+        )
     return (size_s,), rows_s, rows_t
 
 
 def _parameters(
-    kind: str, temperature: float | Tensor, alpha: float | Tensor | None, beta: float | Tensor | None,
-    shape: tuple[int, ...], student: Tensor,
-) -> tuple[Options, Tensor | None]:  # fmt: skip
-    """The kind's id and parameters: scalars in `Options`, and `params [R, 3]` if any of them is a tensor."""
+    kind: str,
+    temperature: float | Tensor,
+    alpha: float | Tensor | None,
+    beta: float | Tensor | None,
+    shape: tuple[int, ...],
+    student: Tensor,
+) -> tuple[Options, Tensor | None]:
+    """The kind's id and parameters: scalars in `Options`, and `params [R, 3]` if any of them is a
+    tensor."""
     spec = KINDS[kind]
     values: list[float | Tensor] = []
     for name, given, default in (("alpha", alpha, spec.alpha), ("beta", beta, spec.beta)):
         if given is not None and default is None:
             users = ", ".join(k for k, s in KINDS.items() if getattr(s, name) is not None)
-            raise ValueError(f"{name} is given, but kind={kind!r} does not use it; it belongs to {users}.")
+            raise ValueError(
+                f"{name} is given, but kind={kind!r} does not use it; it belongs to {users}."
+            )
         value = _rows.row_scalar(name, given) if given is not None else (default or 0.0)
         if default is not None:
             low, high = (-math.inf, math.inf) if kind == "alpha_beta" else (0.0, 1.0)
@@ -284,15 +375,17 @@ def _parameters(
             _rows.check_range(name, value, low, high, fix=fix)
         values.append(value)
     temperature = _rows.row_scalar("temperature", temperature)
-    _rows.check_range("temperature", temperature, 0.0, math.inf, fix="pass a positive, finite temperature.")
+    _rows.check_range(
+        "temperature", temperature, 0.0, math.inf, fix="pass a positive, finite temperature."
+    )
     values.insert(0, temperature)
     scalars = [1.0 if isinstance(v, Tensor) else v for v in values]
-    options = Options(spec.id, *scalars, False, 0.0, 0.0, 0)
+    options = Options(spec.id, scalars[0], scalars[1], scalars[2], False, 0.0, 0.0, 0)
     if not any(isinstance(v, Tensor) for v in values):
         return options, None
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     columns = []
-    for name, v in zip(("temperature", "alpha", "beta"), values):
+    for name, v in zip(("temperature", "alpha", "beta"), values, strict=True):
         if isinstance(v, Tensor):
             columns.append(_rows.row_values(name, v.detach(), shape, student.device).to(dtype))
         else:
@@ -301,7 +394,11 @@ def _parameters(
 
 
 def _labels(
-    labels: Tensor | None, ignore_index: int, vocab: int, shape: tuple[int, ...], device: torch.device
+    labels: Tensor | None,
+    ignore_index: int,
+    vocab: int,
+    shape: tuple[int, ...],
+    device: torch.device,
 ) -> Tensor | None:
     if labels is None:
         return None
@@ -313,7 +410,8 @@ def _labels(
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if bool(wrong.any()):
             raise ValueError(
-                f"labels holds {int(labels[wrong][0])}, which is neither a token id below {vocab} nor"
+                f"labels holds {int(labels[wrong][0])}, which is neither a token id below {vocab}"
+                " nor"
                 f" ignore_index={ignore_index}; mask it or set ignore_index."
             )
     return labels.contiguous()
@@ -325,7 +423,10 @@ _DEFAULTS: dict[str, Any] = {
     if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "overwrite_logits"
 }
 
-_OPTIONS = "int kind, float temperature, float alpha, float beta, bool scale_t2, float label_weight, float z_loss, int vocab"
+_OPTIONS = (
+    "int kind, float temperature, float alpha, float beta, bool scale_t2, float label_weight,"
+    " float z_loss, int vocab"
+)
 _PAIRS = "Tensor? student_rows, Tensor? teacher_rows"
 
 
@@ -349,7 +450,11 @@ def _backward_out(*args: Any) -> None:
 
 
 def _overwrite_out(*args: Any) -> None:
-    inputs, options, (scale_rows, loss) = Inputs(*args[:7]), Options(*args[8:16]), (args[7], args[16])
+    inputs, options, (scale_rows, loss) = (
+        Inputs(*args[:7]),
+        Options(*args[8:16]),
+        (args[7], args[16]),
+    )
     empty = loss.new_empty(0)
     _forward_out(*inputs, *options, loss, empty, loss.new_empty((0, STATS)))
     grad = torch.empty_like(inputs.student)
@@ -360,35 +465,42 @@ def _overwrite_out(*args: Any) -> None:
 _registry.kernel(
     OP,
     "divergence_fwd",
-    f"(Tensor student, Tensor teacher, {_PAIRS}, Tensor? counted, Tensor? labels, Tensor? params, {_OPTIONS},"
+    f"(Tensor student, Tensor teacher, {_PAIRS}, Tensor? counted, Tensor? labels, Tensor? params,"
+    f" {_OPTIONS},"
     " Tensor(a!) loss, Tensor(b!) saved, Tensor(c!) stats) -> ()",
     _forward_out,
 )
 _registry.kernel(
     OP,
     "divergence_bwd",
-    f"(Tensor student, Tensor teacher, {_PAIRS}, Tensor? row_start, Tensor? pairs, Tensor? labels, Tensor? params,"
+    f"(Tensor student, Tensor teacher, {_PAIRS}, Tensor? row_start, Tensor? pairs, Tensor?"
+    " labels, Tensor? params,"
     f" Tensor saved, Tensor grad_rows, {_OPTIONS}, Tensor(a!) grad) -> ()",
     _backward_out,
 )
 _registry.kernel(
     OP,
     "divergence_overwrite",
-    f"(Tensor(a!) student, Tensor teacher, {_PAIRS}, Tensor? counted, Tensor? labels, Tensor? params,"
+    f"(Tensor(a!) student, Tensor teacher, {_PAIRS}, Tensor? counted, Tensor? labels, Tensor?"
+    " params,"
     f" Tensor scale_rows, {_OPTIONS}, Tensor(b!) loss) -> ()",
     _overwrite_out,
 )
 
 
 def _loss_rows(call: _Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
-    """Row losses `[R]`, differentiable in the student's logits, and row statistics `[R, STATS]` or `[0, STATS]`."""
+    """Row losses `[R]`, differentiable in the student's logits, and row statistics `[R, STATS]` or
+    `[0, STATS]`."""
     inputs, options = call.inputs, call.options
     if call.backend == "reference":
-        loss, stats = divergence_reference(inputs, options, with_stats=with_stats or call.soft_cross_entropy)
+        loss, stats = divergence_reference(
+            inputs, options, with_stats=with_stats or call.soft_cross_entropy
+        )
     elif torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
             raise RuntimeError(
-                "torch.compile drops the tangents of custom functions; call pydistill.divergence_jvp inside compiled"
+                "torch.compile drops the tangents of custom functions; call"
+                " pydistill.divergence_jvp inside compiled"
                 " code, or take the forward-mode derivative in eager mode."
             )
         loss, _, stats = _Divergence.apply(*inputs, options, call.backend, with_stats)
@@ -397,14 +509,19 @@ def _loss_rows(call: _Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
     if call.soft_cross_entropy:
         entropy = stats[:, ENTROPY_T].detach()
         if options.scale_t2:
-            entropy = entropy * (options.temperature if inputs.params is None else inputs.params[:, 0]) ** 2
+            entropy = (
+                entropy
+                * (options.temperature if inputs.params is None else inputs.params[:, 0]) ** 2
+            )
         if inputs.counted is not None:  # the statistics of other rows are NaN
             entropy = torch.where(inputs.counted, entropy, 0)
         loss = loss + (1 - options.label_weight) * entropy
     return loss, stats
 
 
-def _forward(inputs: Inputs, options: Options, backend: str, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    inputs: Inputs, options: Options, backend: str, with_stats: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = inputs.student if inputs.student_rows is None else inputs.student_rows
     loss = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
     saved = loss.new_empty((rows.shape[0], SAVED))
@@ -414,20 +531,30 @@ def _forward(inputs: Inputs, options: Options, backend: str, with_stats: bool) -
 
 
 class _Divergence(torch.autograd.Function):
-    """(student, ...) -> (loss [R], saved [R, SAVED], stats). No `jvp`, so that Dynamo accepts it."""
+    """(student, ...) -> (loss [R], saved [R, SAVED], stats). No `jvp`, so that Dynamo accepts
+    it."""
 
     @staticmethod
     def forward(
-        student: Tensor, teacher: Tensor, student_rows: Tensor | None, teacher_rows: Tensor | None,
-        counted: Tensor | None, labels: Tensor | None, params: Tensor | None, options: Options, backend: str,
+        student: Tensor,
+        teacher: Tensor,
+        student_rows: Tensor | None,
+        teacher_rows: Tensor | None,
+        counted: Tensor | None,
+        labels: Tensor | None,
+        params: Tensor | None,
+        options: Options,
+        backend: str,
         with_stats: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # Named one by one: where nothing requires grad, Dynamo would hand a ctx to `*args`.
         inputs = Inputs(student, teacher, student_rows, teacher_rows, counted, labels, params)
         return _forward(inputs, options, backend, with_stats)
 
     @staticmethod
-    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         _, saved, stats = output
         ctx.mark_non_differentiable(saved, stats)
         ctx.save_for_backward(*args[:7], saved)
@@ -441,7 +568,9 @@ class _Divergence(torch.autograd.Function):
         return _gradient(*ctx.saved_tensors, grad_rows, ctx.options, ctx.backend), *[None] * 9
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         outputs = _DivergenceJvp.apply(*_merge(info.batch_size, in_dims, args[:7]), *args[7:])
         return tuple(o.reshape(info.batch_size, -1, *o.shape[1:]) for o in outputs), (0, 0, 0)
 
@@ -450,43 +579,73 @@ class _DivergenceJvp(_Divergence):
     """The eager form: forward-mode derivatives through `jvp`."""
 
     @staticmethod
-    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         _Divergence.setup_context(ctx, args, output)
         ctx.save_for_forward(*args[:7], output[1])  # Dynamo would append these to saved_tensors
 
     @staticmethod
-    def jvp(ctx: Any, student_tangent: Tensor | None, *tangents: Any) -> tuple[Tensor | None, None, None]:
+    def jvp(
+        ctx: Any, student_tangent: Tensor | None, *tangents: Any
+    ) -> tuple[Tensor | None, None, None]:
         if tangents[0] is not None:
-            raise RuntimeError("teacher_logits has a tangent, but derivatives flow to the student only; detach it.")
+            raise RuntimeError(
+                "teacher_logits has a tangent, but derivatives flow to the student only; detach it."
+            )
         if student_tangent is None:
             return None, None, None
         *inputs, saved = ctx.saved_tensors
-        return _tangent(Inputs(*inputs), saved, student_tangent, ctx.options, ctx.backend), None, None
+        return (
+            _tangent(Inputs(*inputs), saved, student_tangent, ctx.options, ctx.backend),
+            None,
+            None,
+        )
 
 
 def _gradient(*args: Any) -> Tensor:
-    grad: Tensor = (_DivergenceBackward if torch.compiler.is_compiling() else _DivergenceBackwardJvp).apply(*args)
+    grad: Tensor = (
+        _DivergenceBackward if torch.compiler.is_compiling() else _DivergenceBackwardJvp
+    ).apply(*args)
     return grad
 
 
 class _DivergenceBackward(torch.autograd.Function):
-    """(student, ..., saved, upstream [R]) -> gradient [S, V_s] in the student's dtype; raises if differentiated again."""
+    """(student, ..., saved, upstream [R]) -> gradient [S, V_s] in the student's dtype; raises if
+    differentiated again."""
 
     @staticmethod
     def forward(
-        student: Tensor, teacher: Tensor, student_rows: Tensor | None, teacher_rows: Tensor | None,
-        counted: Tensor | None, labels: Tensor | None, params: Tensor | None, saved: Tensor, grad_rows: Tensor,
-        options: Options, backend: str,
-    ) -> Tensor:  # fmt: skip
+        student: Tensor,
+        teacher: Tensor,
+        student_rows: Tensor | None,
+        teacher_rows: Tensor | None,
+        counted: Tensor | None,
+        labels: Tensor | None,
+        params: Tensor | None,
+        saved: Tensor,
+        grad_rows: Tensor,
+        options: Options,
+        backend: str,
+    ) -> Tensor:
         inputs = Inputs(student, teacher, student_rows, teacher_rows, counted, labels, params)
         if inputs.counted is not None:
             grad_rows = torch.where(inputs.counted, grad_rows, 0)
         grouped: tuple[Tensor | None, Tensor | None] = (None, None)
         if inputs.student_rows is not None:
             grouped = _rows.group_by_row(inputs.student_rows, inputs.student.shape[0])
-        grad = torch.empty(inputs.student.shape, dtype=inputs.student.dtype, device=inputs.student.device)
+        grad = torch.empty(
+            inputs.student.shape, dtype=inputs.student.dtype, device=inputs.student.device
+        )
         _registry.overload("divergence_bwd", backend)(
-            *inputs[:4], *grouped, inputs.labels, inputs.params, saved, grad_rows.contiguous(), *options, grad
+            *inputs[:4],
+            *grouped,
+            inputs.labels,
+            inputs.params,
+            saved,
+            grad_rows.contiguous(),
+            *options,
+            grad,
         )
         return grad
 
@@ -502,7 +661,9 @@ class _DivergenceBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
         batch = info.batch_size
         merged = _merge(batch, in_dims, args[:7])
-        saved, grad_rows = (_rows.lead(x, d, batch) for x, d in zip(args[7:9], in_dims[7:9]))
+        saved, grad_rows = (
+            _rows.lead(x, d, batch) for x, d in zip(args[7:9], in_dims[7:9], strict=True)
+        )
         grad = _gradient(*merged, saved, grad_rows, *args[9:])
         return grad.reshape(batch, -1, grad.shape[-1]), 0
 
@@ -514,7 +675,8 @@ class _DivergenceBackwardJvp(_DivergenceBackward):
 
 
 _NO_SECOND = (
-    "the kernels of pydistill.divergence have first derivatives only; pass impl='reference' for second derivatives"
+    "the kernels of pydistill.divergence have first derivatives only; pass impl='reference' for"
+    " second derivatives"
     " (create_graph=True, forward over reverse, hessians)."
 )
 
@@ -522,18 +684,24 @@ _NO_SECOND = (
 def _merge(batch: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Inputs:
     """The inputs of `batch` vmapped calls as those of one call on batch * R pairs."""
     student, teacher, student_rows, teacher_rows, *per_row = args
-    count_s = student.shape[1 if in_dims[0] == 0 else 0] if in_dims[0] is not None else student.shape[0]
-    count_t = teacher.shape[1 if in_dims[1] == 0 else 0] if in_dims[1] is not None else teacher.shape[0]
+    count_s = (
+        student.shape[1 if in_dims[0] == 0 else 0] if in_dims[0] is not None else student.shape[0]
+    )
+    count_t = (
+        teacher.shape[1 if in_dims[1] == 0 else 0] if in_dims[1] is not None else teacher.shape[0]
+    )
     return Inputs(
         _rows.lead(student, in_dims[0], batch),
         _rows.lead(teacher, in_dims[1], batch),
         _rows.lead_index(student_rows, in_dims[2], batch, count_s),
         _rows.lead_index(teacher_rows, in_dims[3], batch, count_t),
-        *(_rows.lead(x, d, batch) for x, d in zip(per_row, in_dims[4:7])),
+        *(_rows.lead_optional(x, d, batch) for x, d in zip(per_row, in_dims[4:7], strict=True)),
     )
 
 
-def _tangent(inputs: Inputs, saved: Tensor, student_tangent: Tensor, options: Options, backend: str) -> Tensor:
+def _tangent(
+    inputs: Inputs, saved: Tensor, student_tangent: Tensor, options: Options, backend: str
+) -> Tensor:
     """The tangent of each row's loss: <gradient of the row, tangent of its logits>, in fp32."""
     student, tangent = inputs.student.float(), student_tangent.float()
     if inputs.student_rows is not None:
@@ -550,18 +718,21 @@ def _tangent_rows(call: _Call, student_tangent: Tensor) -> tuple[Tensor, Tensor]
     if call.backend == "reference":
         with torch.enable_grad():
             leaf = inputs.student.detach().requires_grad_()
-            loss, _ = _loss_rows(call._replace(inputs=inputs._replace(student=leaf)), with_stats=False)
+            loss, _ = _loss_rows(
+                call._replace(inputs=inputs._replace(student=leaf)), with_stats=False
+            )
             pulled = torch.ones_like(loss, requires_grad=True)
             (grad,) = torch.autograd.grad(loss, leaf, pulled, create_graph=True)
             (tangent,) = torch.autograd.grad(grad, pulled, student_tangent.to(grad.dtype))
         return loss.detach(), tangent
-    loss, stats = _loss_rows(call, with_stats=call.soft_cross_entropy)
+    loss, _ = _loss_rows(call, with_stats=call.soft_cross_entropy)
     _, saved, _ = _forward(inputs, options, call.backend, with_stats=False)
     return loss, _tangent(inputs, saved, student_tangent, options, call.backend)
 
 
 class _DivergenceOverwrite(torch.autograd.Function):
-    """(student, ..., scale [R]) -> sum of scale * row loss, with the gradient of that sum written over `student`."""
+    """(student, ..., scale [R]) -> sum of scale * row loss, with the gradient of that sum written
+    over `student`."""
 
     @staticmethod
     def forward(*args: Any) -> Tensor:
@@ -587,11 +758,14 @@ class _DivergenceOverwrite(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.used:
             raise RuntimeError(
-                "overwrite_logits=True keeps one gradient, and backward has used it; pass overwrite_logits=False to"
+                "overwrite_logits=True keeps one gradient, and backward has used it; pass"
+                " overwrite_logits=False to"
                 " run backward again."
             )
         if torch.is_grad_enabled():
-            raise RuntimeError("overwrite_logits=True has no second derivatives; pass overwrite_logits=False.")
+            raise RuntimeError(
+                "overwrite_logits=True has no second derivatives; pass overwrite_logits=False."
+            )
         ctx.used = True
         (student,) = ctx.saved_tensors
         grad = student.detach()
@@ -605,19 +779,29 @@ def _overwrite(call: _Call, student_logits: Tensor) -> Tensor:
     if call.reduction == "none":
         raise ValueError("overwrite_logits=True needs reduction='mean' or 'sum', not 'none'.")
     if torch.compiler.is_compiling():
-        raise RuntimeError("overwrite_logits=True is for eager mode; under torch.compile pass overwrite_logits=False.")
+        raise RuntimeError(
+            "overwrite_logits=True is for eager mode; under torch.compile pass"
+            " overwrite_logits=False."
+        )
     if call.soft_cross_entropy:
-        raise ValueError("overwrite_logits=True is not offered under this convention; pass overwrite_logits=False.")
+        raise ValueError(
+            "overwrite_logits=True is not offered under this convention; pass"
+            " overwrite_logits=False."
+        )
     if inputs.student.data_ptr() != student_logits.data_ptr():
         raise ValueError(
-            f"overwrite_logits=True needs logits that view as [rows, V] with unit last stride, not strides"
+            "overwrite_logits=True needs logits that view as [rows, V] with unit last stride,"
+            " not strides"
             f" {student_logits.stride()}; pass student_logits.contiguous()."
         )
     if call.weight is not None and call.weight.requires_grad:
         raise ValueError("overwrite_logits=True gives no gradient to weight; pass weight.detach().")
     rows = inputs.student_rows
     if rows is not None and rows.unique().numel() != rows.numel():
-        raise ValueError("overwrite_logits=True needs each student row at most once; student_rows has duplicates.")
+        raise ValueError(
+            "overwrite_logits=True needs each student row at most once; student_rows has"
+            " duplicates."
+        )
     size = inputs.student.shape[0] if rows is None else rows.shape[0]
     dtype = torch.float64 if inputs.student.dtype == torch.float64 else torch.float32
     scale = torch.ones(size, dtype=dtype, device=inputs.student.device)
@@ -627,5 +811,7 @@ def _overwrite(call: _Call, student_logits: Tensor) -> Tensor:
         scale = torch.where(inputs.counted, scale, 0)
     if call.reduction == "mean":
         scale = scale * _rows.mean_scale(scale, call.weight, inputs.counted, call.denominator)
-    loss: Tensor = _DivergenceOverwrite.apply(*inputs, scale.contiguous(), call.options, call.backend)
+    loss: Tensor = _DivergenceOverwrite.apply(
+        *inputs, scale.contiguous(), call.options, call.backend
+    )
     return loss

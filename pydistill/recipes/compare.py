@@ -79,7 +79,7 @@ def compare(student: Tensor, teacher: Tensor, rounds: int = 5) -> list[Measureme
 def _step(loss: Loss, logits: Tensor, teacher: Tensor) -> float:
     leaf = logits.detach().requires_grad_()
     value = loss(leaf, teacher)
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     return value.item()
 
 

@@ -276,7 +276,7 @@ def distil(
             answer_logits(student, texts[rows], dtype), wanted[rows], options.kind, mask=here
         )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()

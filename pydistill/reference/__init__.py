@@ -1,1 +1,2 @@
-"""The definitions: one module per operator, plain differentiable torch that every kernel is checked against."""
+"""The definitions: one module per operator, plain differentiable torch that every kernel is checked
+against."""

@@ -1,10 +1,13 @@
-"""The definition of `pydistill.divergence`: every kind written out from log p and log q, and the row loss around it.
+"""The definition of `pydistill.divergence`: every kind written out from log p and log q, and the
+row loss around it.
 
-Plain torch, differentiable any number of times by autograd, no cleverness: a kernel that disagrees is wrong. In fp64 it
-is the truth that tests compare with; in the inputs' precision it is what runs where no kernel does.
+Plain torch, differentiable any number of times by autograd, no cleverness: a kernel that disagrees
+is wrong. In fp64 it is the truth that tests compare with; in the inputs' precision it is what runs
+where no kernel does.
 
-Sums over a vocabulary follow 0 log 0 = 0. Kinds with detached weights (adaptive_kl, todi) detach them here as well, so
-their gradient is the one their papers train with, not the derivative of the value.
+Sums over a vocabulary follow 0 log 0 = 0. Kinds with detached weights (adaptive_kl, todi) detach
+them here as well, so their gradient is the one their papers train with, not the derivative of the
+value.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from torch import Tensor
 
 
 class Kind(NamedTuple):
-    """A divergence: its id in every kernel, and the defaults of the parameters it uses (None: does not use it)."""
+    """A divergence: its id in every kernel, and the defaults of the parameters it uses (None: does
+    not use it)."""
 
     id: int
     alpha: float | None = None
@@ -38,7 +42,9 @@ KINDS: dict[str, Kind] = {
     "chi2": Kind(9),  # sum (p - q)^2 / q, Pearson's chi^2(p || q)
     "todi": Kind(10),  # sum s p log(p/q) + (1 - s) q log(q/p), s = sigmoid(log p/q) detached
 }
-ADAPTIVE_HEAD_MASS = 0.5  # adaptive_kl: the head holds the teacher's most likely tokens up to this mass
+ADAPTIVE_HEAD_MASS = (
+    0.5  # adaptive_kl: the head holds the teacher's most likely tokens up to this mass
+)
 
 # Columns of the [R, SAVED] fp32 tensor that forward leaves for backward, in every backend.
 SAVED = 8
@@ -47,8 +53,10 @@ MAX_S, LOGZ_S, MAX_T, LOGZ_T, VALUE, CENTRE, LOGZ_1, HEAD = range(SAVED)
 STATS = 6
 LSE_S, LSE_T, ENTROPY_S, ENTROPY_T, ACCEPTANCE, AGREE = range(STATS)
 
+
 class Options(NamedTuple):
-    """The scalars of a call, as every kernel takes them. Per-row values in `params [R, 3]` (T, alpha, beta) win."""
+    """The scalars of a call, as every kernel takes them. Per-row values in `params [R, 3]` (T,
+    alpha, beta) win."""
 
     kind: int
     temperature: float
@@ -75,10 +83,11 @@ class Inputs(NamedTuple):
 def divergence_reference(
     inputs: Inputs, options: Options, *, with_stats: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The definition: row losses `[R]` and, if asked for, row statistics `[R, STATS]`, in plain differentiable torch.
+    """The definition: row losses `[R]` and, if asked for, row statistics `[R, STATS]`, in plain
+    differentiable torch.
 
-    fp32 for half inputs, else in the inputs' own precision. Raises nothing: rows that are not counted are 0, rows with
-    an index, label or parameter out of range are NaN.
+    fp32 for half inputs, else in the inputs' own precision. Raises nothing: rows that are not
+    counted are 0, rows with an index, label or parameter out of range are NaN.
     """
     student, teacher = inputs.student[:, : options.vocab], inputs.teacher[:, : options.vocab]
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
@@ -89,7 +98,9 @@ def divergence_reference(
     if inputs.params is not None:
         temperature, alpha, beta = inputs.params.to(dtype)[:, :, None].unbind(1)
     else:
-        scalars = torch.tensor([options.temperature, options.alpha, options.beta], dtype=dtype, device=device)
+        scalars = torch.tensor(
+            [options.temperature, options.alpha, options.beta], dtype=dtype, device=device
+        )
         temperature, alpha, beta = scalars.expand(rows, 3)[:, :, None].unbind(1)
     bad = bad_s | bad_t | ~_parameters_valid(options.kind, temperature, alpha, beta).squeeze(-1)
     counted = inputs.counted if inputs.counted is not None else torch.ones_like(bad)
@@ -104,7 +115,10 @@ def divergence_reference(
     infinite = _infinite(options.kind, log_p, log_q, alpha, beta)
     undefined = torch.isnan(log_p).any(-1) | torch.isnan(log_q).any(-1)
     if options.kind == KINDS["forward_kl"].id:
-        value, no_slope = value + torch.where(infinite, math.inf, 0.0), undefined  # slope stays q - p
+        value, no_slope = (
+            value + torch.where(infinite, math.inf, 0.0),
+            undefined,
+        )  # slope stays q - p
     else:
         value, no_slope = torch.where(infinite, math.inf, value), undefined | infinite
     loss = value * temperature.squeeze(-1) ** 2 if options.scale_t2 else value
@@ -116,7 +130,11 @@ def divergence_reference(
             wrong = (labels < 0) | (labels >= options.vocab)
             bad = bad | wrong
             hard = lse - student.gather(1, torch.where(wrong, 0, labels)[:, None]).squeeze(-1)
-        loss = (1 - options.label_weight) * loss + options.label_weight * hard + options.z_loss * lse**2
+        loss = (
+            (1 - options.label_weight) * loss
+            + options.label_weight * hard
+            + options.z_loss * lse**2
+        )
     loss = torch.where(bad | undefined, math.nan, loss)
     loss = torch.where(counted, loss, 0)
     loss = loss + _nan_gradient(given, (no_slope | bad) & ~bad_s & counted)
@@ -174,7 +192,8 @@ def _infinite(kind: int, log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tens
 
 
 def _nan_gradient(student: Tensor, rows: Tensor) -> Tensor:
-    """0 a row, with a NaN gradient for the whole of each of `rows` (a square root has no slope at 0)."""
+    """0 a row, with a NaN gradient for the whole of each of `rows` (a square root has no slope at
+    0)."""
     squashed = torch.sigmoid(torch.where(rows[:, None], student, 0))
     return torch.where(rows, torch.sqrt((squashed * 0).sum(-1)), 0)
 
@@ -186,7 +205,8 @@ def _times(p: Tensor, x: Tensor) -> Tensor:
 
 
 def _finite_pair(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p and log q with infinities replaced by a floor that exp takes to 0, and d = log p - log q (0 if both are)."""
+    """log p and log q with infinities replaced by a floor that exp takes to 0, and d = log p - log
+    q (0 if both are)."""
     floor = -1e30
     log_p, log_q = log_p.clamp(min=floor), log_q.clamp(min=floor)
     return log_p, log_q, log_p - log_q
@@ -229,7 +249,8 @@ def _skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor) 
 
 
 def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """Cichocki et al. 2011, eq. 20 with its limits; ABKD (arXiv 2505.04560) names alpha and beta this way round."""
+    """Cichocki et al. 2011, eq. 20 with its limits; ABKD (arXiv 2505.04560) names alpha and beta
+    this way round."""
     present = (log_p != -math.inf) | (log_q != -math.inf)
     log_p, log_q, d = _finite_pair(log_p, log_q)
     log_p, log_q = torch.where(present, log_p, 0), torch.where(present, log_q, 0)
@@ -251,10 +272,11 @@ def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor) -> Te
 
 
 def _adaptive_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """Wu et al. 2024 (arXiv 2404.02657): the KLs weighted by the error on the teacher's head and on its tail.
+    """Wu et al. 2024 (arXiv 2404.02657): the KLs weighted by the error on the teacher's head and on
+    its tail.
 
-    The head is the most likely token and every following one (ties in token order) while the mass up to and with it
-    is at most 1/2. Identical rows weigh both KLs equally.
+    The head is the most likely token and every following one (ties in token order) while the mass
+    up to and with it is at most 1/2. Identical rows weigh both KLs equally.
     """
     with torch.no_grad():
         p, q = log_p.detach().exp(), log_q.detach().exp()  # no_grad alone lets tangents through
@@ -264,7 +286,9 @@ def _adaptive_kl(log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor) -> T
         error = (sorted_p - q.gather(-1, order)).abs()
         head_error, total = _times(head.to(p.dtype), error).sum(-1), error.sum(-1)
         share = torch.where(total == 0, 0.5, head_error / torch.where(total == 0, 1, total))
-    return share * _forward_kl(log_p, log_q, alpha, beta) + (1 - share) * _reverse_kl(log_p, log_q, alpha, beta)
+    return share * _forward_kl(log_p, log_q, alpha, beta) + (1 - share) * _reverse_kl(
+        log_p, log_q, alpha, beta
+    )
 
 
 def _hellinger(log_p: Tensor, log_q: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("value > 0.05f * touched", "true"),
         Mutant("t > value || (t == value && j <= last_tie)", "t >= value"),
         Mutant("if (above == 0.0f) ties = fmaxf(ties, 1.0f);", ""),
-        Mutant("if (mass[c] > half) {", "if (mass[c] >= half) {"),
+        Mutant("if (mass[c] > half) {", "if (mass[c] > 0.5f * half) {"),
         Mutant("for (int i = base; before < m; ++i)", "for (int i = base; before < m - 1; ++i)"),
         Mutant("before += here;", ""),
         Mutant("total.no_p = apart[1] == INFINITY;", "total.no_p = false;"),

@@ -1,0 +1,267 @@
+// Every instruction set's divergence kernels on small, odd shapes: equal to the scalar ones within
+// rounding, and, under the sanitizers, inside their memory: every array is a heap block of exactly
+// its size. Prints each failure and returns their number's truth.
+#include "cpu/divergence.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+
+#include "cpu/cpuid.h"
+
+namespace pd {
+namespace {
+
+int failures = 0;
+
+#define EXPECT(condition, ...)                                             \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fputc('\n', stderr);                                            \
+      ++failures;                                                          \
+    }                                                                      \
+  } while (false)
+
+// A block of exactly `count` elements; a vector might own spare capacity.
+template <class T>
+class Exact {
+ public:
+  explicit Exact(size_t count, T value = T()) : count_(count), data_(new T[count]) {
+    for (size_t i = 0; i < count; ++i) data_[i] = value;
+  }
+  Exact(const Exact& other) : Exact(other.count_) {
+    std::memcpy(data_.get(), other.data_.get(), count_ * sizeof(T));
+  }
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  T& operator[](size_t i) { return data_[i]; }
+  const T& operator[](size_t i) const { return data_[i]; }
+  size_t size() const { return count_; }
+
+ private:
+  size_t count_;
+  std::unique_ptr<T[]> data_;
+};
+
+using Bytes = Exact<unsigned char>;
+
+size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Logits are multiples of 1/8 in (-8, 8): exact in every dtype, and simple to encode.
+void encode(float x, DType dtype, unsigned char* out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (dtype == DType::kF32) {
+    std::memcpy(out, &bits, 4);
+    return;
+  }
+  uint16_t half = static_cast<uint16_t>(bits >> 16);
+  if (dtype == DType::kF16) {
+    const auto sign = static_cast<uint16_t>(half & 0x8000);
+    const uint32_t rest = bits & 0x7fffffffu;
+    half = static_cast<uint16_t>(sign | (rest == 0             ? 0
+                                         : rest == 0x7f800000u ? 0x7c00
+                                                               : (rest - 0x38000000u) >> 13));
+  }
+  std::memcpy(out, &half, 2);
+}
+
+float decode(const unsigned char* in, DType dtype) {
+  if (dtype == DType::kF32) {
+    float x;
+    std::memcpy(&x, in, 4);
+    return x;
+  }
+  uint16_t half;
+  std::memcpy(&half, in, 2);
+  if (dtype == DType::kBf16) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  const int exponent = (half >> 10) & 31, fraction = half & 1023;
+  const float magnitude =
+      exponent == 0 ? std::ldexp(float(fraction), -24)
+                    : (exponent == 31 ? (fraction ? NAN : INFINITY)
+                                      : std::ldexp(float(fraction + 1024), exponent - 25));
+  return half & 0x8000 ? -magnitude : magnitude;
+}
+
+struct Shape {
+  int64_t rows, vocab, width;
+  bool masked;  // some logits are -inf, in both rows
+  bool gathered;
+};
+
+struct Results {
+  Exact<float> loss, saved, stats, loss_overwrite;
+  Bytes grad, student;  // student: after overwrite
+};
+
+class Problem {
+ public:
+  Problem(const Shape& shape, DType dtype, Kind kind)
+      : shape_(shape),
+        dtype_(dtype),
+        kind_(kind),
+        student_(bytes()),
+        teacher_(bytes()),
+        rows_(shape.rows),
+        starts_(shape.rows + 1),
+        labels_(shape.rows),
+        params_(3 * shape.rows),
+        grad_rows_(shape.rows) {
+    std::mt19937 random(static_cast<unsigned>(shape.vocab));
+    for (int64_t i = 0; i < shape.rows * shape.width; ++i) {
+      const bool masked = shape.masked && i % shape.width % 5 == 3;
+      for (Bytes* bytes : {&student_, &teacher_}) {
+        const float x = masked ? -INFINITY : static_cast<float>(int(random() % 127) - 63) / 8.0f;
+        encode(x, dtype, bytes->data() + i * size_of(dtype));
+      }
+    }
+    for (int64_t i = 0; i < shape.rows; ++i) {
+      rows_[i] = shape.rows - 1 - i;
+      starts_[i] = i;
+      labels_[i] = shape.vocab - 1 - i % shape.vocab;
+      if (shape.masked) labels_[i] = 0;
+      params_[3 * i] = 1.0f + 0.5f * static_cast<float>(i % 3);
+      params_[3 * i + 1] = 0.3f;
+      params_[3 * i + 2] = 0.6f;
+      grad_rows_[i] = i % 4 == 2 ? 0.0f : 0.5f;
+    }
+    starts_[shape.rows] = shape.rows;
+  }
+
+  Results Run(int capability) const {
+    const size_t rows = shape_.rows;
+    Results out{Exact<float>(rows, NAN),
+                Exact<float>(rows * kSaved, NAN),
+                Exact<float>(rows * kStats, NAN),
+                Exact<float>(rows, NAN),
+                Bytes(bytes(), 0xff),
+                student_};
+    DivergenceArgs a{};
+    a.student = {student_.data(), dtype_, shape_.rows, shape_.width, shape_.width};
+    a.teacher = {teacher_.data(), dtype_, shape_.rows, shape_.width, shape_.width};
+    a.pairs = shape_.rows;
+    if (shape_.gathered) {
+      a.student_rows = a.teacher_rows = a.pair_of = rows_.data();
+      a.row_start = starts_.data();
+    }
+    a.labels = labels_.data();
+    a.params = params_.data();
+    a.kind = kind_;
+    a.scale_t2 = true;
+    a.label_weight = 0.25f;
+    a.z_loss = 1e-3f;
+    a.vocab = shape_.vocab;
+    a.loss = out.loss.data();
+    a.saved = out.saved.data();
+    a.stats = out.stats.data();
+    a.grad_rows = grad_rows_.data();
+    a.grad = out.grad.data();
+    a.grad_stride = shape_.width;
+    const size_t scratch_bytes = (divergence_scratch_bytes(a) + 63) / 64 * 64;
+    const std::unique_ptr<void, decltype(&std::free)> memory(
+        scratch_bytes ? std::aligned_alloc(64, scratch_bytes) : nullptr, &std::free);
+    auto* scratch = static_cast<float*>(memory.get());
+    divergence_forward_table[capability](a, 0, a.pairs, scratch);
+    divergence_backward_table[capability](a, 0, a.student.rows, scratch);
+
+    a.student.data = out.student.data();
+    a.loss = out.loss_overwrite.data();
+    a.saved = nullptr;
+    a.stats = nullptr;
+    divergence_overwrite_table[capability](a, 0, a.pairs, scratch);
+    return out;
+  }
+
+  void Compare(const Results& got, const Results& want, const char* name) const {
+    const auto where = [&](const char* what, int64_t i, float a, float b) {
+      EXPECT(Near(a, b), "%s of %s, kind %d, dtype %d, vocab %lld at %lld: %.9g and not %.9g", what,
+             name, int(kind_), int(dtype_), (long long)shape_.vocab, (long long)i, a, b);
+    };
+    for (int64_t i = 0; i < shape_.rows; ++i) {
+      where("loss", i, got.loss[i], want.loss[i]);
+      where("overwrite's loss", i, got.loss_overwrite[i], want.loss[i]);
+    }
+    for (int64_t i = 0; i < shape_.rows * kStats; ++i) {
+      where("stats", i, got.stats[i], want.stats[i]);
+    }
+    for (int64_t i = 0; i < shape_.rows * shape_.width; ++i) {
+      const float grad = decode(got.grad.data() + i * size_of(dtype_), dtype_);
+      where("grad", i, grad, decode(want.grad.data() + i * size_of(dtype_), dtype_));
+      where("overwrite's grad", i, decode(got.student.data() + i * size_of(dtype_), dtype_), grad);
+      if (i % shape_.width >= shape_.vocab) {
+        EXPECT(grad == 0.0f, "padding of %s holds %g", name, grad);
+      }
+    }
+  }
+
+  // The scalar results themselves: losses are numbers, and gradients of a soft loss sum to 0.
+  void Check(const Results& scalar) const {
+    for (int64_t i = 0; i < shape_.rows; ++i) {
+      EXPECT(std::isfinite(scalar.loss[i]) && scalar.loss[i] > 0, "loss %g of kind %d",
+             scalar.loss[i], int(kind_));
+      double largest = 0;
+      for (int64_t j = 0; j < shape_.vocab; ++j) {
+        const int64_t at = (i * shape_.width + j) * int64_t(size_of(dtype_));
+        largest = std::fmax(largest, std::fabs(decode(scalar.grad.data() + at, dtype_)));
+      }
+      const float upstream = grad_rows_[shape_.gathered ? rows_[i] : i];
+      EXPECT(shape_.vocab == 1 || (largest > 0) == (upstream != 0), "gradient of row %lld",
+             (long long)i);
+    }
+  }
+
+ private:
+  size_t bytes() const { return shape_.rows * shape_.width * size_of(dtype_); }
+
+  bool Near(float a, float b) const {
+    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && std::isnan(b);
+    if (a == b) return true;
+    const float relative = dtype_ == DType::kF32 ? 2e-5f : dtype_ == DType::kF16 ? 2e-3f : 1e-2f;
+    return std::fabs(a - b) <= relative * std::fabs(b) + 2e-6f;
+  }
+
+  Shape shape_;
+  DType dtype_;
+  Kind kind_;
+  Bytes student_, teacher_;
+  Exact<int64_t> rows_, starts_, labels_;
+  Exact<float> params_, grad_rows_;
+};
+
+int Main() {
+  const Shape shapes[] = {
+      {1, 1, 1, false, false},      {3, 2, 3, false, true},       {3, 17, 17, false, false},
+      {4, 64, 64, true, true},      {3, 67, 71, true, false},     {2, 255, 257, false, true},
+      {2, 1024, 1024, true, false}, {3, 1025, 1031, false, true}, {2, 2113, 2113, true, false},
+  };
+  for (const Shape& shape : shapes) {
+    for (const DType dtype : {DType::kF32, DType::kBf16, DType::kF16}) {
+      for (int kind = 0; kind <= static_cast<int>(Kind::kTodi); ++kind) {
+        const Problem problem(shape, dtype, static_cast<Kind>(kind));
+        const Results scalar = problem.Run(0);
+        if (shape.vocab > 1) problem.Check(scalar);
+        for (int i = 0; i <= static_cast<int>(detected_capability()); ++i) {
+          problem.Compare(problem.Run(i), scalar, capability_name(static_cast<Capability>(i)));
+        }
+      }
+    }
+  }
+  if (failures) std::fprintf(stderr, "%d failures\n", failures);
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace pd
+
+int main() { return pd::Main(); }
