@@ -503,9 +503,9 @@ def _loss_rows(call: _Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
                 " pydistill.divergence_jvp inside compiled"
                 " code, or take the forward-mode derivative in eager mode."
             )
-        loss, _, stats = _Divergence.apply(*inputs, options, call.backend, with_stats)
+        loss, _, stats = _Divergence.apply(*inputs, options, call.backend, with_stats)  # type: ignore[no-untyped-call]
     else:
-        loss, _, stats = _DivergenceJvp.apply(*inputs, options, call.backend, with_stats)
+        loss, _, stats = _DivergenceJvp.apply(*inputs, options, call.backend, with_stats)  # type: ignore[no-untyped-call]
     if call.soft_cross_entropy:
         entropy = stats[:, ENTROPY_T].detach()
         if options.scale_t2:
@@ -571,7 +571,7 @@ class _Divergence(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        outputs = _DivergenceJvp.apply(*_merge(info.batch_size, in_dims, args[:7]), *args[7:])
+        outputs = _DivergenceJvp.apply(*_merge(info.batch_size, in_dims, args[:7]), *args[7:])  # type: ignore[no-untyped-call]
         return tuple(o.reshape(info.batch_size, -1, *o.shape[1:]) for o in outputs), (0, 0, 0)
 
 
@@ -604,7 +604,7 @@ class _DivergenceJvp(_Divergence):
 
 
 def _gradient(*args: Any) -> Tensor:
-    grad: Tensor = (
+    grad: Tensor = (  # type: ignore[no-untyped-call]
         _DivergenceBackward if torch.compiler.is_compiling() else _DivergenceBackwardJvp
     ).apply(*args)
     return grad
@@ -811,7 +811,7 @@ def _overwrite(call: _Call, student_logits: Tensor) -> Tensor:
         scale = torch.where(inputs.counted, scale, 0)
     if call.reduction == "mean":
         scale = scale * _rows.mean_scale(scale, call.weight, inputs.counted, call.denominator)
-    loss: Tensor = _DivergenceOverwrite.apply(
+    loss: Tensor = _DivergenceOverwrite.apply(  # type: ignore[no-untyped-call]
         *inputs, scale.contiguous(), call.options, call.backend
     )
     return loss
