@@ -102,7 +102,8 @@ __device__ __forceinline__ Normal normal_of(float temperature, float max_s, floa
                                             float max_t, float logz_t) {
   const float k2 = kLog2E / temperature;
   const float shift = k2 * (max_t - max_s);
-  const float rest = fmaf(k2, max_t - max_s, -shift) + kLog2E * (logz_t - logz_s);
+  const float lost = fmaf(k2, max_t - max_s, -shift);
+  const float rest = fmaf(kLog2E, logz_t - logz_s, lost);
   return {k2, max_s, max_t, kLog2E * logz_s, kLog2E * logz_t, shift, rest};
 }
 
@@ -262,7 +263,9 @@ __device__ __forceinline__ bool kl_of(const Seen& seen, const Normal& normal, fl
     const float taken = phi_small(delta);
     const float value = fmaxf(a - taken, 0.0f);
     if (taken <= 8.0f * value || a < 1e-11f) {
-      const float error = kLn2 * (seen.guess - shift - rest) + delta;
+      // What rounding took from the shift that the gradient will use. Where D is large, that is
+      // far less than what it took from a - b.
+      const float error = a < 1.0f ? kLn2 * (seen.guess - shift - rest) + delta : 0.0f;
       row = {value, kReverse ? value + error : -error};
       return true;
     }

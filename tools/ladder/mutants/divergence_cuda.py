@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pydistill.ops.divergence import divergence, divergence_with_stats
-from pydistill.reference.divergence import CENTRE, KINDS, SAVED, VALUE
+from pydistill.reference.divergence import KINDS, SAVED, STATS
 from tools.ladder.cuda.divergence import SOURCE, simulated
 from tools.ladder.cuda.sim import CudaSim
 from tools.ladder.mutation import Mutant
@@ -65,7 +65,7 @@ MUTANTS: dict[str, list[Mutant]] = {
         Mutant("slope.soft *= 1.0f - call.label_weight;", ""),
         Mutant("if (j == slope.label) gradient -= slope.at_label;", ""),
         Mutant("2.0f * upstream * call.z_loss", "upstream * call.z_loss"),
-        Mutant("if (slope.poisoned) gradient = NAN;", ""),
+        Mutant("slope.poisoned = isnan(slope.centre);", ""),
         Mutant("if (j < rows.vocab) sum[e] += gradient;", "sum[e] += gradient;"),
         Mutant("upstream * t2 / pair.temperature", "upstream * t2"),
         Mutant(
@@ -212,6 +212,11 @@ def check_long_rows(sim: CudaSim) -> None:
     )
     for name, a, b in zip(want._fields, got, want, strict=True):
         assert_close(name, a, b, 1e-5, 1e-6)
+    tied = torch.randint(-3, 4, (4, 300), generator=torch.Generator().manual_seed(1)) / 1.0
+    with simulated(sim):
+        got = divergence_with_stats(tied, tied.flip(0), reduction="none", impl="cuda")
+    lowest = (tied == tied.amax(1, keepdim=True)).int().argmax(1)
+    assert torch.equal(got.argmax_agreement, (lowest == lowest.flip(0)).float())
     calls = compare(sim, student, teacher, "forward_kl", **options)
     read = calls[0].report.buffers["teacher"].bytes_loaded
     assert read == teacher.numel() * 4, f"forward_kl read {read} bytes of the teacher"
@@ -220,6 +225,8 @@ def check_long_rows(sim: CudaSim) -> None:
     calls = compare(sim, student, teacher, "jsd", mask=mask, vocab="min")
     read = calls[0].report.buffers["student"].bytes_loaded
     assert read == 2 * 2 * teacher.shape[1] * 4, f"jsd read {read} bytes of the student"
+    read = calls[1].report.buffers["student"].bytes_loaded
+    assert read == 2 * teacher.shape[1] * 4, f"backward read {read} bytes of the student"
     compare(sim, student[:, :4990], teacher.bfloat16(), "forward_kl", z_loss=0.01)
 
 
@@ -297,6 +304,10 @@ def check_infinite_rows(sim: CudaSim) -> None:
     student[3, 5], teacher[3, 6] = -torch.inf, -torch.inf
     for kind in KINDS:
         compare(sim, student, teacher, kind)
+    compare(sim, student, teacher[:, :61], "reverse_kl", vocab="min")
+    apart = torch.randint(-1, 2, (2, 4, 90), generator=torch.Generator().manual_seed(2)) * 1e4
+    for kind in ("forward_kl", "tvd", "skew_reverse_kl"):
+        compare(sim, torch.randn(4, 90) + apart[0], torch.randn(4, 90) + apart[1], kind)
     for alpha, beta in ((1.0, 0.0), (0.0, 1.0), (0.5, -0.5)):
         compare(sim, student, teacher, "alpha_beta", alpha=alpha, beta=beta)
 
@@ -320,29 +331,29 @@ def check_overwrite(sim: CudaSim) -> None:
 
 def check_flagged_rows(sim: CudaSim) -> None:
     """What a GPU call lets through: such rows are NaN, and read nothing foreign."""
-    pairs, vocab = 9, 40
+    pairs, vocab = 10, 40
     student, teacher = torch.randn(pairs, vocab), torch.randn(pairs - 1, vocab)
     rows_s = torch.arange(pairs)
-    rows_t = torch.tensor([0, -1, pairs - 1, 1, 2, 3, 4, 5, 6])
-    labels = torch.tensor([0, 1, 2, vocab, -7, 3, 4, 5, 6])
+    rows_t = torch.tensor([0, -1, pairs - 1, 1, 2, 3, 4, 5, 6, 7])
+    labels = torch.tensor([0, 1, 2, vocab, -7, 3, 4, 5, 6, 7])
     params = torch.tensor([[1.0, 0.0, 0.5]] * pairs)
     params[5, 0], params[6, 0], params[7, 2] = 0.0, math.inf, 1.0
-    student[8, 3] = math.nan
-    bad_student = torch.tensor([0, -1, pairs, 3, 4, 5, 6, 7, 8])
+    student[8, 3], student[9] = math.nan, -math.inf
+    bad_student = torch.tensor([0, -1, pairs, 3, 4, 5, 6, 7, 8, 9])
     options = (KINDS["jsd"].id, 1.0, 0.0, 0.5, False, 0.5, 0.0, vocab)
     start, group = torch.arange(pairs + 1), torch.arange(pairs)
     ops = torch.ops.pydistill_cuda
     inputs: tuple[Tensor | None, ...] = (student, teacher, rows_s, rows_t, None, labels, params)
-    loss, saved = torch.zeros(pairs), torch.zeros(pairs, SAVED)
+    loss, saved, stats = torch.zeros(pairs), torch.zeros(pairs, SAVED), torch.zeros(pairs, STATS)
     grad = torch.zeros(pairs, vocab)
     with simulated(sim):
-        ops.divergence_fwd(*inputs, *options, loss, saved, torch.zeros(pairs, 6))
+        ops.divergence_fwd(*inputs, *options, loss, saved, stats)
         ops.divergence_bwd(
             *inputs[:4], start, group, labels, params, saved, torch.ones(pairs), *options, grad
         )
         assert loss.isfinite()[0] and grad.isfinite()[0].all()
         assert loss[1:].isnan().all() and grad[1:].isnan().all()
-        assert saved[1:, VALUE].isnan().all() and saved[1:, CENTRE].isnan().all()
+        assert saved[1:].isnan().all() and stats[1:].isnan().all() and stats[0].isfinite().all()
         # overwrite_logits names student rows without grouping them
         spent = student.clone()
         inputs = (spent, teacher, bad_student, rows_s.clamp(max=3), None, None, None)
