@@ -1,0 +1,262 @@
+"""The table of what every GPU kernel costs on every target, from compilers and simulators alone.
+
+    rows = collect(tracked)      # {"triton forward jsd bf16 sm_90": {"registers": ...}, ...}
+
+A row of the compilers holds registers, spills, shared memory and occupancy of one kernel on one
+target; a row of the simulators holds the bytes that one kernel moves and their floor, the bytes of
+logits and gradient moved once. Rows are flat and keyed by one string, so that two tables differ by
+keys and values and nothing else. Every job has a process of its own: Triton decides at import
+whether it interprets or compiles, and only a few kernels' compilers should live at once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+JSON = Path(__file__).with_name("table.json")
+MARKDOWN = ROOT / "docs" / "ladder.md"
+
+Row = dict[str, Any]
+Table = dict[str, Row]
+
+DTYPES = ("fp32", "bf16")
+DIRECTIONS = ("forward", "backward")
+ROWS, VOCAB = 64, 32000
+# The simulators run every thread, so their rows are few and shorter.
+BYTES_ROWS, BYTES_VOCAB = 1, 4096
+
+
+def compiled_row(registers: int, spills: int, shared: int, occupancy: float) -> Row:
+    return {
+        "compiles": True,
+        "registers": registers,
+        "spills": spills,
+        "shared": shared,
+        "occupancy": round(occupancy, 3),
+    }
+
+
+def bytes_row(direction: str, moved: int, itemsize: int) -> Row:
+    streams = {"forward": 2, "backward": 3}[direction]
+    floor = streams * BYTES_ROWS * BYTES_VOCAB * itemsize
+    return {"bytes": moved, "floor": floor, "ratio": round(moved / floor, 3)}
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def _launch(direction: str, s: Any, t: Any, options: Any) -> None:
+    """One direction over all pairs, without row indices, labels or statistics."""
+    import torch
+
+    from pydistill.kernels import divergence
+
+    kernels: Any = divergence
+    none = (None,) * 5
+    loss, saved = torch.zeros(len(s)), torch.zeros(len(s), 8)
+    if direction == "forward":
+        kernels.divergence_fwd(s, t, *none, *options, loss, saved, loss[:0])
+        return
+    saved[:, 1] = saved[:, 3] = 1.0
+    grad = torch.empty_like(s)
+    kernels.divergence_bwd(s, t, *none, None, saved, torch.ones(len(s)), *options, grad)
+
+
+def triton_rows(target: str) -> Table:
+    """Every kind, direction and dtype compiled for `target`, with temperature 1."""
+    import torch
+    from triton.errors import TritonError
+
+    from pydistill.reference.divergence import KINDS, Options
+    from tools.ladder.dry_run import dry_run
+
+    rows: Table = {}
+    for kind, spec in KINDS.items():
+        options = Options(spec.id, 1.0, 0.3, 0.6, False, 0.0, 0.0, VOCAB)
+        for dtype in DTYPES:
+            s, t = (torch.empty(ROWS, VOCAB, dtype=_dtype(dtype)) for _ in range(2))
+            for direction in DIRECTIONS:
+                key = f"triton {direction} {kind} {dtype} {target}"
+                try:
+                    with dry_run(target) as log:
+                        _launch(direction, s, t, options)
+                except (TritonError, RuntimeError) as error:
+                    print(f"{key}: {error}", file=sys.stderr)
+                    rows[key] = {"compiles": False}
+                    continue
+                (report,) = log.kernels
+                rows[key] = compiled_row(
+                    report.resources.registers,
+                    report.spills,
+                    report.shared,
+                    report.occupancy.fraction,
+                )
+    return rows
+
+
+def triton_bytes() -> Table:
+    """Bytes that the Triton kernels ask for, in the strict interpreter."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+
+    from pydistill.reference.divergence import KINDS, Options
+    from tools.ladder.interpreter import strict
+
+    rows: Table = {}
+    for kind, spec in KINDS.items():
+        alpha, beta = spec.alpha or 0.0, spec.beta or 0.0
+        options = Options(spec.id, 1.0, alpha, beta, False, 0.0, 0.0, BYTES_VOCAB)
+        for dtype in DTYPES:
+            generator = torch.Generator().manual_seed(5)
+            s, t = (
+                torch.randn(BYTES_ROWS, BYTES_VOCAB, generator=generator).to(_dtype(dtype))
+                for _ in range(2)
+            )
+            for direction in DIRECTIONS:
+                with strict() as meter:
+                    _launch(direction, s, t, options)
+                moved = sum(buffer.loaded + buffer.stored for buffer in meter.bytes.values())
+                key = f"triton {direction} {kind} {dtype} bytes"
+                rows[key] = bytes_row(direction, moved, s.dtype.itemsize)
+    return rows
+
+
+def cuda_rows(source: str, target: str) -> Table:
+    """Every kernel of one CUDA file compiled by nvcc for `target`."""
+    from tools.ladder.cuda.nvcc import compile_targets
+    from tools.ladder.cuda.sim import CudaBuildError
+
+    try:
+        kernels = compile_targets(source, [target])[target]
+    except CudaBuildError as error:
+        print(f"{source} {target}: {error}", file=sys.stderr)
+        return {f"cuda {Path(source).stem} {target}": {"compiles": False}}
+    rows: Table = {}
+    for name, kernel in kernels.items():
+        used = kernel.resources
+        spills = used.spill_loads + used.spill_stores
+        rows[f"cuda {_cuda_name(name)} {target}"] = compiled_row(
+            used.registers, spills, used.shared, kernel.occupancy.fraction
+        )
+    return rows
+
+
+def _cuda_name(name: str) -> str:
+    """`forward jsd fp32` for `divergence_forward<2, float>`; other names without spaces."""
+    from pydistill.reference.divergence import KINDS
+
+    found = re.fullmatch(r"divergence_(\w+)<(\d+), (\w+)>", name)
+    scalars = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
+    if found is None or found[3] not in scalars:
+        return name.replace(" ", "")
+    kinds = {spec.id: kind for kind, spec in KINDS.items()}
+    return f"{found[1]} {kinds[int(found[2])]} {scalars[found[3]]}"
+
+
+def cuda_bytes() -> Table:
+    """Bytes that the CUDA kernels move under cusim, counted by its memory hooks."""
+    import torch
+
+    from pydistill.ops.divergence import divergence
+    from pydistill.reference.divergence import KINDS
+    from tools.ladder.cuda.divergence import SOURCE, simulated
+    from tools.ladder.cuda.sim import CudaSim
+
+    sim = CudaSim.build(SOURCE, hooks=True)
+    rows: Table = {}
+    for kind in KINDS:
+        for dtype in DTYPES:
+            generator = torch.Generator().manual_seed(5)
+            s, t = (
+                torch.randn(BYTES_ROWS, BYTES_VOCAB, generator=generator).to(_dtype(dtype))
+                for _ in range(2)
+            )
+            with simulated(sim) as calls:
+                loss = divergence(s.requires_grad_(), t, kind, reduction="sum", impl="cuda")
+                loss.backward()
+            for direction, call in zip(DIRECTIONS, calls, strict=True):
+                key = f"cuda {direction} {kind} {dtype} bytes"
+                rows[key] = bytes_row(direction, call.report.bytes_moved, s.dtype.itemsize)
+    return rows
+
+
+def collect(tracked: Table) -> Table:
+    """All rows, sorted; without nvcc the CUDA rows of `tracked` stand."""
+    from tools.ladder.cuda.nvcc import TARGETS, find_nvcc
+
+    jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
+    rows: Table = {}
+    if find_nvcc() is None:
+        print("nvcc is not installed: the tracked CUDA rows are kept", file=sys.stderr)
+        rows |= {key: row for key, row in tracked.items() if key.startswith("cuda ")}
+    else:
+        sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+        jobs += [(cuda_rows, (source, target)) for source in sources for target in TARGETS]
+        jobs.append((cuda_bytes, ()))
+    # GATE is spelled out: importing dry_run would import triton into this process.
+    jobs += [(triton_rows, (target,)) for target in ("sm_80", "sm_90", "sm_100", "gfx942")]
+    jobs.append((triton_bytes, ()))
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        for result in [pool.apply_async(job, arguments) for job, arguments in jobs]:
+            rows |= result.get()
+    return dict(sorted(rows.items()))
+
+
+def differences(tracked: Table, found: Table) -> list[str]:
+    """One line per row that is new, gone or different."""
+    return [
+        f"{key}: tracked {tracked.get(key)}, now {found.get(key)}"
+        for key in sorted(tracked.keys() | found.keys())
+        if tracked.get(key) != found.get(key)
+    ]
+
+
+def markdown(table: Table) -> str:
+    """The table for readers: one section a backend, one line a kernel, one column a target."""
+    lines = [
+        "# What the GPU kernels cost",
+        "",
+        "Written by `make ladder` from `tools/ladder/table.json`. No kernel ran on a GPU for it:",
+        "compilers give registers and occupancy, simulators count bytes. A cell under a target is",
+        "registers, occupancy and shared memory in bytes (Triton: temperature 1, no labels;",
+        "CUDA: static shared memory), and names the spills if there are any. Bytes moved are given",
+        f"over their floor, every logit read once and the gradient written once, for {BYTES_ROWS}",
+        f"row of {BYTES_VOCAB} logits.",
+    ]
+    for backend in ("triton", "cuda"):
+        cells: dict[str, dict[str, str]] = defaultdict(dict)
+        for key, row in table.items():
+            if key.startswith(f"{backend} "):
+                name, column = key.removeprefix(f"{backend} ").rsplit(" ", 1)
+                cells[name][column] = _cell(row)
+        columns = sorted({column for row in cells.values() for column in row} - {"bytes"})
+        columns = sorted(columns, key=lambda name: (not name.startswith("sm_"), len(name), name))
+        columns.append("bytes")
+        heads = {"triton": "Triton", "cuda": "CUDA"}
+        lines += ["", f"## {heads[backend]}", ""]
+        lines.append(f"| kernel | {' | '.join([*columns[:-1], 'bytes / floor'])} |")
+        lines.append("| --- " * (len(columns) + 1) + "|")
+        for name in sorted(cells):
+            values = " | ".join(cells[name].get(column, "") for column in columns)
+            lines.append(f"| `{name}` | {values} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    if "ratio" in row:
+        return f"{row['ratio']:.3f}"
+    if not row["compiles"]:
+        return "does not compile"
+    cell = f"{row['registers']}, {row['occupancy']:.0%}, {row['shared']}"
+    return f"{cell}, {row['spills']} spills" if row["spills"] else cell
