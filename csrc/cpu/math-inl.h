@@ -68,7 +68,7 @@ PD_INLINE V Log(V x) {
   V y = LogReduced(m - Set(1.0f), e);
   y = Select(Eq(x, Set(0.0f)), Set(-INFINITY), y);
   y = Select(Eq(x, Set(INFINITY)), Set(INFINITY), y);
-  return Select(Lt(x, Set(0.0f)), Set(NAN), y);
+  return Select(Le(Set(0.0f), x), y, Set(NAN));  // in this order NaN stays NaN
 }
 
 // log u for u = 1 + w > 0 (normal), with full relative precision for small w: where u needs no
@@ -79,7 +79,7 @@ PD_INLINE V Log1p(V w, V u) {
   return LogReduced(Select(Eq(e, Set(0.0f)), w, m - Set(1.0f)), e);
 }
 
-// phi(d) = d + e^-d - 1 for abs(d) < 1/2: d^2 (1/2 - d/6 + d^2/24 - ...), relative error 1e-7.
+// phi(d) = d + e^-d - 1 for abs(d) < 1/2: d^2 (1/2 - d/6 + d^2/24 - ...), relative error 2e-7.
 PD_INLINE V PhiSmall(V d) {
   V p = Set(2.48015873e-5f);
   p = Fma(p, d, Set(-1.98412698e-4f));
