@@ -19,14 +19,14 @@ test: ctest $(VENV)/triton.stamp
 	$(BIN)/python -m pytest -q
 
 ctest: build-testing
-	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=ignore
+	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
 
 # The C++ tests alone: a sanitized library cannot be loaded by a plain Python.
 sanitize: $(VENV)/base.stamp
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DPYDISTILL_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=ignore
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
 build: $(VENV)/base.stamp
 	@$(BIN)/python setup.py --quiet build_ext --inplace

@@ -1,6 +1,6 @@
 // Every instruction set's divergence kernels on small, odd shapes: equal to the scalar ones within
 // rounding, and, under the sanitizers, inside their memory: every array is a heap block of exactly
-// its size. Prints each failure and returns their number's truth.
+// its size. Prints each failure; fails if there was one.
 #include "cpu/divergence.h"
 
 #include <cmath>
@@ -205,7 +205,8 @@ class Problem {
     }
   }
 
-  // The scalar results themselves: losses are numbers, and gradients of a soft loss sum to 0.
+  // The scalar results themselves: losses are positive, and gradients are 0 where nothing is asked
+  // for.
   void Check(const Results& scalar) const {
     for (int64_t i = 0; i < shape_.rows; ++i) {
       EXPECT(std::isfinite(scalar.loss[i]) && scalar.loss[i] > 0, "loss %g of kind %d",
