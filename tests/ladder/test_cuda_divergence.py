@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,6 +144,19 @@ def test_misleading_first_tiles_cost_one_more_sweep() -> None:
     student, teacher = mutants.misleading_rows(1)
     forward, _ = traffic("forward_kl", student, teacher)
     assert forward.report.buffers["student"].bytes_moved == 2 * student.numel() * 4
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """Rows 2^31 elements apart; only their own pages of the buffer are ever touched."""
+    apart, vocab = 2**31 + 64, 512
+    memory = torch.from_numpy(np.zeros(apart + vocab, dtype=np.int16)).view(BF16)
+    student = memory.as_strided((2, vocab), (apart, 1))
+    student.copy_(torch.randn(2, vocab))
+    teacher = torch.randn(2, vocab)
+    with simulated(CudaSim.build(SOURCE)):
+        got = divergence(student, teacher, reduction="none", impl="cuda")
+        same = divergence(student.contiguous(), teacher, reduction="none", impl="cuda")
+    assert torch.equal(got, same)
 
 
 def test_rows_that_do_not_count_are_not_read() -> None:
