@@ -35,6 +35,15 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
     return module
 
 
+@pytest.fixture
+def blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks, unless the row is so long that the interpreter would take minutes."""
+    import pydistill.kernels.divergence as module
+
+    if case.shape[1] <= 1000:
+        monkeypatch.setattr(module, "THREADS", 64)
+
+
 def cases() -> list[pytest.param]:
     return [
         pytest.param(
@@ -48,7 +57,7 @@ def cases() -> list[pytest.param]:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_table(case: Case, kernels) -> None:
+def test_table(case: Case, blocks: None) -> None:
     with strict():
         report = check(case, "triton")
     assert report.ok, report.message
