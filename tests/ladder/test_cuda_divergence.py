@@ -177,7 +177,7 @@ def test_flagged_rows() -> None:
 # Mutants
 
 
-@pytest.mark.slow
+@pytest.mark.ladder_full
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", list(mutants.MUTANTS))
 def test_mutants_die(name: str) -> None:
