@@ -546,13 +546,15 @@ def divergence_bwd(
     if programs == 0:
         return
     block, elements = _shape(vocab, student, teacher)
+    with_hard = label_weight != 0.0 or z_loss != 0.0
+    registers = 128 if with_hard or row_start is not None else None
     with on_device(student):
         _divergence_backward[(programs,)](
             student, teacher, student_rows, teacher_rows, row_start, pairs, labels, params, saved,
             grad_rows, grad, student.shape[0], student.stride(0), teacher.stride(0), grad.stride(0),
             student.shape[1], vocab, temperature, alpha, beta, label_weight, z_loss, KIND=kind,
-            SCALE_T2=scale_t2, WITH_HARD=label_weight != 0.0 or z_loss != 0.0, BLOCK=block,
-            **compiler_options(block, elements),
+            SCALE_T2=scale_t2, WITH_HARD=with_hard, BLOCK=block,
+            **compiler_options(block, elements, registers),
         )  # fmt: skip
 
 
