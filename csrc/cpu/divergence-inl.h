@@ -84,6 +84,19 @@ inline double Phi(double x) {
   return x * x * (0.5 - x * (1.0 / 6 - x * (1.0 / 24 - x * (1.0 / 120 - x / 720))));
 }
 
+// The exponentials of a sweep, for a gradient that follows at once: each block's about the maximum
+// so far. In `divergence_scratch_bytes` of scratch.
+struct Kept {
+  float *e_s, *e_t, *max_s, *max_t;
+
+  Kept() = default;
+  Kept(float* scratch, int64_t vocab)
+      : e_s(scratch),
+        e_t(e_s + Padded(vocab)),
+        max_s(e_t + Padded(vocab)),
+        max_t(max_s + (vocab + kBlock - 1) / kBlock) {}
+};
+
 // Below this a KL is summed by its Bregman terms; above, the plain sum of p d is as exact.
 constexpr double kSmallKl = 0.05;
 
@@ -91,8 +104,8 @@ constexpr double kSmallKl = 0.05;
 // C. The plain form sums e d0 only; the precise one also sums e phi(d0), with t - s to its last
 // bit. Returns false if the results may have lost digits and deserve a precise sweep about the
 // right C.
-template <bool kPq, bool kQp, bool kPrecise>
-bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
+template <bool kPq, bool kQp, bool kPrecise, bool kKeep = false>
+bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept& kept_exps = {}) {
   const V k = Set(pair.k), c0 = Set(centre), half = Set(0.5f), one = Set(1.0f);
   V low = Set(INFINITY), high = Set(-INFINITY);
   double a_pq = 0, b_pq = 0, a_qp = 0, b_qp = 0;  // sums of e phi(d0) and e d0
@@ -105,6 +118,10 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
     pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
     pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
     const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
+    if constexpr (kKeep) {
+      kept_exps.max_s[begin / kBlock] = FiniteMax(pair.max_s);
+      kept_exps.max_t[begin / kBlock] = FiniteMax(pair.max_t);
+    }
     V ratio = one, inverse = one;  // e_t exp(-d0) = e_s ratio, and e_s exp(d0) = e_t / ratio
     if constexpr (kPrecise) {
       const double log_ratio =
@@ -123,6 +140,10 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
         const V e_s = ExpNonPositive(k * (xs - max_s)), e_t = ExpNonPositive(k * (xt - max_t));
         z_s[u] = z_s[u] + e_s;
         z_t[u] = z_t[u] + e_t;
+        if constexpr (kKeep) {
+          Store(e_s, kept_exps.e_s + begin + i + u * kLanes);
+          Store(e_t, kept_exps.e_t + begin + i + u * kLanes);
+        }
         const V gap = xt - xs;
         V d = Fms(k, gap, c0);
         if constexpr (kPrecise) {
@@ -181,21 +202,22 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair) {
 
 // The KLs of a row. Its first columns tell where C is and whether the plain form will do; a guess
 // that turns out wrong costs a second sweep, in cache.
-template <bool kPq, bool kQp>
-void Kl(Row& s, Row& t, int64_t vocab, Pair& pair) {
+template <bool kPq, bool kQp, bool kKeep = false>
+void Kl(Row& s, Row& t, int64_t vocab, Pair& pair, const Kept& exps = {}) {
   constexpr int64_t kPrefix = 256;
   const float k = pair.k;
   Pair guess{.k = k};
   KlSweep<true, true, false>(s, t, vocab < kPrefix ? vocab : kPrefix, 0.0f, guess);
   double c = guess.LogRatio();
   if (!std::isfinite(c)) c = 0;
+  const float c0 = static_cast<float>(c);
   const bool far = guess.kl_pq >= 2 * kSmallKl && guess.kl_qp >= 2 * kSmallKl;
-  const bool kept = far ? KlSweep<kPq, kQp, false>(s, t, vocab, static_cast<float>(c), pair)
-                        : KlSweep<kPq, kQp, true>(s, t, vocab, static_cast<float>(c), pair);
+  const bool kept = far ? KlSweep<kPq, kQp, false, kKeep>(s, t, vocab, c0, pair, exps)
+                        : KlSweep<kPq, kQp, true, kKeep>(s, t, vocab, c0, pair, exps);
   c = pair.LogRatio();
   if (kept || !std::isfinite(c) || (kPq && pair.NoQ()) || (kQp && pair.NoP())) return;
   pair = Pair{.k = k};
-  KlSweep<kPq, kQp, true>(s, t, vocab, static_cast<float>(c), pair);
+  KlSweep<kPq, kQp, true, kKeep>(s, t, vocab, static_cast<float>(c), pair, exps);
 }
 
 // The row constants of a second sweep or a backward.
@@ -346,8 +368,9 @@ inline bool Infinite(Kind kind, const Pair& pair, const Shape& shape) {
   }
 }
 
-// One pair: `saved` is always written.
-template <Kind kind>
+// One pair: `saved` is always written. With `kKeep` (forward_kl) the exponentials stay in
+// `scratch`.
+template <Kind kind, bool kKeep = false>
 void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratch) {
   float* stats = a.stats == nullptr ? nullptr : a.stats + r * kStats;
   if (a.counted != nullptr && !a.counted[r]) {
@@ -373,7 +396,9 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
       t{RowAt(a.teacher, row_t), a.teacher.dtype, {}};
   constexpr bool kPq = kind == Kind::kForwardKl || kind == Kind::kAdaptiveKl;
   constexpr bool kQp = kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
-  if constexpr (kPq || kQp) {
+  if constexpr (kKeep) {
+    Kl<kPq, kQp, true>(s, t, a.vocab, pair, Kept(scratch, a.vocab));
+  } else if constexpr (kPq || kQp) {
     Kl<kPq, kQp>(s, t, a.vocab, pair);
   } else {
     NormSweep(s, t, a.vocab, pair);
@@ -426,7 +451,7 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
 // one_hot.
 struct Upstream {
   Constants at;
-  float soft, centre, hard, one_hot, max_s, inverse_z_1;
+  float k, soft, centre, hard, one_hot, max_s, inverse_z_1;
   int64_t label;
 };
 
@@ -437,6 +462,7 @@ inline Upstream MakeUpstream(const DivergenceArgs& a, int64_t r, const float* sa
   if (!ReadParams(a, r, k, t2, shape)) grad = NAN;
   shape.head = saved[kHead];
   u.at = MakeConstants(k, saved[kMaxS], saved[kLogZS], saved[kMaxT], saved[kLogZT], shape);
+  u.k = k;
   u.soft = grad * (1.0f - a.label_weight) * t2 * k;
   u.centre = saved[kCentre];
   u.max_s = saved[kMaxS];
@@ -490,6 +516,29 @@ void GradRow(const DivergenceArgs& a, Row& s, Row& t, const Upstream& up, char* 
     const bool in_place = a.student.dtype == DType::kF32 && n == padded;
     float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
     GradBlock<kind, false>(up, s.Block(begin, n), t.Block(begin, n), begin, padded, to);
+    StoreBlock(to, n, a.student.dtype, out, begin);
+  }
+  ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);
+}
+
+// The gradient of forward_kl from the exponentials that ForwardPair kept: two products a token.
+void GradRowKept(const DivergenceArgs& a, const Kept& kept, const float* saved, const Upstream& up,
+                 char* out) {
+  alignas(64) float buffer[kBlock];
+  const float k = up.k;
+  for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
+    const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
+    const bool in_place = a.student.dtype == DType::kF32 && n == padded;
+    float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
+    const auto weight = [&](float max, float row_max, float log_z) {
+      return Set(static_cast<float>(up.soft * std::exp(double(k) * (max - row_max) - log_z)));
+    };
+    const V of_q = weight(kept.max_s[begin / kBlock], saved[kMaxS], saved[kLogZS]);
+    const V of_p = weight(kept.max_t[begin / kBlock], saved[kMaxT], saved[kLogZT]);
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      Store(Load(kept.e_s + begin + i) * of_q - Load(kept.e_t + begin + i) * of_p, to + i);
+    }
+    if (up.label >= begin && up.label < begin + n) to[up.label - begin] -= up.one_hot;
     StoreBlock(to, n, a.student.dtype, out, begin);
   }
   ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);
@@ -552,7 +601,8 @@ template <Kind kind>
 void Overwrite(const DivergenceArgs& a, int64_t begin, int64_t end, float* scratch) {
   float saved[kSaved];
   for (int64_t r = begin; r < end; ++r) {
-    ForwardPair<kind>(a, r, saved, scratch);
+    constexpr bool kKeep = kind == Kind::kForwardKl;
+    ForwardPair<kind, kKeep>(a, r, saved, scratch);
     const int64_t row = a.student_rows ? a.student_rows[r] : r;
     const int64_t row_t = a.teacher_rows ? a.teacher_rows[r] : r;
     if (row < 0 || row >= a.student.rows) continue;  // flagged by its loss
@@ -563,7 +613,12 @@ void Overwrite(const DivergenceArgs& a, int64_t begin, int64_t end, float* scrat
     }
     const bool known = row_t >= 0 && row_t < a.teacher.rows;
     Row s{out, a.student.dtype, {}}, t{RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype, {}};
-    GradRow<kind>(a, s, t, MakeUpstream(a, r, saved, known ? a.grad_rows[r] : NAN), out);
+    const Upstream up = MakeUpstream(a, r, saved, known ? a.grad_rows[r] : NAN);
+    if (kKeep && up.hard == 0.0f && !std::isnan(saved[kLogZS])) {
+      GradRowKept(a, Kept(scratch, a.vocab), saved, up, out);
+    } else {
+      GradRow<kind>(a, s, t, up, out);
+    }
   }
 }
 

@@ -50,9 +50,11 @@ struct DivergenceArgs {
   int64_t grad_stride;
 };
 
-// Bytes of scratch a thread needs for forward and overwrite; only adaptive_kl needs any.
-inline int64_t divergence_scratch_bytes(const DivergenceArgs& a) {
-  return a.kind == Kind::kAdaptiveKl ? 8 * (a.vocab + 64) : 0;
+// Bytes of scratch a thread needs: adaptive_kl's forward keeps p, forward_kl's overwrite both rows'
+// exponentials and a maximum a block.
+inline int64_t divergence_scratch_bytes(const DivergenceArgs& a, bool overwrite) {
+  const bool needed = a.kind == Kind::kAdaptiveKl || (a.kind == Kind::kForwardKl && overwrite);
+  return needed ? 8 * (a.vocab + 64) + 8 * (a.vocab / 1024 + 1) : 0;
 }
 
 using DivergenceRows = void (*)(const DivergenceArgs&, int64_t begin, int64_t end, float* scratch);

@@ -54,9 +54,8 @@ DivergenceArgs make_args(const Tensor& student, const Tensor& teacher,
   return a;
 }
 
-void run(const DivergenceRows* table, const DivergenceArgs& a, int64_t rows) {
+void run(const DivergenceRows* table, const DivergenceArgs& a, int64_t rows, int64_t scratch) {
   const DivergenceRows kernel = table[static_cast<int>(active_capability())];
-  const int64_t scratch = divergence_scratch_bytes(a);
   parallel_rows(rows, a.vocab, [&](int64_t begin, int64_t end) {
     const Scratch memory(scratch);
     kernel(a, begin, end, memory.data());
@@ -76,7 +75,7 @@ void divergence_fwd(Tensor student, Tensor teacher, MaybeTensor student_rows,
   a.loss = vector<float>("loss", loss, pairs);
   a.saved = vector<float>("saved", saved, pairs * kSaved);
   a.stats = stats.numel() ? vector<float>("stats", stats, pairs * kStats) : nullptr;
-  run(divergence_forward_table, a, pairs);
+  run(divergence_forward_table, a, pairs, divergence_scratch_bytes(a, false));
 }
 
 void divergence_bwd(Tensor student, Tensor teacher, MaybeTensor student_rows,
@@ -102,7 +101,7 @@ void divergence_bwd(Tensor student, Tensor teacher, MaybeTensor student_rows,
   a.grad = const_cast<void*>(out.data);
   a.grad_stride = out.stride;
   ask_for_huge_pages(a.grad, grad.numel() * grad.element_size());
-  run(divergence_backward_table, a, a.student.rows);
+  run(divergence_backward_table, a, a.student.rows, 0);
 }
 
 void divergence_overwrite(Tensor student, Tensor teacher, MaybeTensor student_rows,
@@ -117,7 +116,7 @@ void divergence_overwrite(Tensor student, Tensor teacher, MaybeTensor student_ro
   a.counted = vector_or_null<bool, uint8_t>("counted", counted, pairs);
   a.loss = vector<float>("loss", loss, pairs);
   a.grad_rows = vector<float>("scale_rows", scale_rows, pairs);
-  run(divergence_overwrite_table, a, pairs);
+  run(divergence_overwrite_table, a, pairs, divergence_scratch_bytes(a, true));
 }
 
 }  // namespace

@@ -168,7 +168,7 @@ class Problem {
     a.grad_rows = grad_rows_.data();
     a.grad = out.grad.data();
     a.grad_stride = shape_.width;
-    const size_t scratch_bytes = (divergence_scratch_bytes(a) + 63) / 64 * 64;
+    const size_t scratch_bytes = (divergence_scratch_bytes(a, true) + 63) / 64 * 64;
     const std::unique_ptr<void, decltype(&std::free)> memory(
         scratch_bytes ? std::aligned_alloc(64, scratch_bytes) : nullptr, &std::free);
     auto* scratch = static_cast<float*>(memory.get());

@@ -115,7 +115,7 @@ DivergenceArgs make_args(const py::array& student, const py::array& teacher, int
 }
 
 void run(const DivergenceRows* table, const std::string& capability, const DivergenceArgs& a) {
-  const auto bytes = static_cast<size_t>(divergence_scratch_bytes(a) + 63) / 64 * 64;
+  const auto bytes = static_cast<size_t>(divergence_scratch_bytes(a, true) + 63) / 64 * 64;
   const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes + 64),
                                                             &std::free);
   table[capability_of(capability)](a, 0, a.pairs, static_cast<float*>(scratch.get()));
