@@ -46,8 +46,12 @@ PD_INLINE unsigned Bits(M m) { return m; }
 PD_INLINE V Select(M m, V yes, V no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
 PD_INLINE V Where(M m, V a) { return {_mm512_maskz_mov_ps(m, a.v)}; }  // 0 where not m
 PD_INLINE V Round(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
-// x * 2^n for integral n; exact limits at both ends.
+// x * 2^floor(n); exact limits at both ends.
 PD_INLINE V Scale2(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+// Entry (low four bits of the lane) of a table of 16.
+PD_INLINE V Lookup16(V bits, V table) {
+  return {_mm512_permutexvar_ps(_mm512_castps_si512(bits.v), table.v)};
+}
 // x = m 2^e with m in [0.75, 1.5), for positive x (subnormals included).
 PD_INLINE void Split2(V x, V& m, V& e) {
   m.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);

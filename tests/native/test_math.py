@@ -55,7 +55,7 @@ def test_exp_non_positive(isa: str, name: str) -> None:
     x = points(-87.3, 1e-45)
     wide = x.astype(np.float64)
     error = ulps(_testing.math(isa, name, x), np.exp(wide))
-    assert (error <= 1 + 2.7e-9 / (EPS / 2) * np.abs(wide)).all()
+    assert (error <= 1.5 + 2.7e-9 / (EPS / 2) * np.abs(wide)).all()
 
 
 def test_expm1_beside_exp(isa: str) -> None:
