@@ -56,9 +56,10 @@ void NormSweep(Row& s, Row& t, int64_t vocab, Pair& pair) {
   V low = Set(INFINITY), high = Set(-INFINITY);
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
-    const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
-    pair.z_s *= Lift(BlockMax(bs, padded), pair.k, pair.max_s);
-    pair.z_t *= Lift(BlockMax(bt, padded), pair.k, pair.max_t);
+    float top_s, top_t;
+    const float *bs = s.Block(begin, n, top_s), *bt = t.Block(begin, n, top_t);
+    pair.z_s *= Lift(top_s, pair.k, pair.max_s);
+    pair.z_t *= Lift(top_t, pair.k, pair.max_t);
     const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
     V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
     for (int64_t i = 0; i < padded; i += 2 * kLanes) {
@@ -112,9 +113,10 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
   bool clamped = false;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
-    const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
-    const double lift_s = Lift(BlockMax(bs, padded), pair.k, pair.max_s);
-    const double lift_t = Lift(BlockMax(bt, padded), pair.k, pair.max_t);
+    float top_s, top_t;
+    const float *bs = s.Block(begin, n, top_s), *bt = t.Block(begin, n, top_t);
+    const double lift_s = Lift(top_s, pair.k, pair.max_s);
+    const double lift_t = Lift(top_t, pair.k, pair.max_t);
     pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
     pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
     const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
@@ -535,10 +537,17 @@ void GradRowKept(const DivergenceArgs& a, const Kept& kept, const float* saved, 
     };
     const V of_q = weight(kept.max_s[begin / kBlock], saved[kMaxS], saved[kLogZS]);
     const V of_p = weight(kept.max_t[begin / kBlock], saved[kMaxT], saved[kLogZT]);
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      Store(Load(kept.e_s + begin + i) * of_q - Load(kept.e_t + begin + i) * of_p, to + i);
+    const auto grad = [&](int64_t i) __attribute__((always_inline)) {
+      return Load(kept.e_s + begin + i) * of_q - Load(kept.e_t + begin + i) * of_p;
+    };
+    const bool labelled = up.label >= begin && up.label < begin + n;
+    if (a.student.dtype == DType::kBf16 && n == padded && !labelled) {
+      uint16_t* narrow = reinterpret_cast<uint16_t*>(out) + begin;
+      for (int64_t i = 0; i < padded; i += kLanes) StoreBf16(grad(i), narrow + i);
+      continue;
     }
-    if (up.label >= begin && up.label < begin + n) to[up.label - begin] -= up.one_hot;
+    for (int64_t i = 0; i < padded; i += kLanes) Store(grad(i), to + i);
+    if (labelled) to[up.label - begin] -= up.one_hot;
     StoreBlock(to, n, a.student.dtype, out, begin);
   }
   ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);

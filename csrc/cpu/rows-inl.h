@@ -28,36 +28,63 @@ struct Row {
 
   // Columns [begin, begin + n), n <= kBlock, as Padded(n) floats.
   const float* Block(int64_t begin, int64_t n) {
-    const int64_t whole = n / kLanes * kLanes;
+    float unused;
+    return Block<false>(begin, n, unused);
+  }
+
+  // The same, and the block's maximum (NaN is passed over).
+  const float* Block(int64_t begin, int64_t n, float& max) { return Block<true>(begin, n, max); }
+
+ private:
+  template <bool kMax>
+  const float* Block(int64_t begin, int64_t n, float& max) {
+    const float* block = buffer;
+    V top[4] = {Set(-INFINITY), Set(-INFINITY), Set(-INFINITY), Set(-INFINITY)};
     if (dtype == DType::kF32) {
       const float* p = reinterpret_cast<const float*>(data) + begin;
-      if (n % kPad == 0) return p;
-      std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(float));
+      if (n % kPad == 0) {
+        block = p;
+      } else {
+        std::memcpy(buffer, p, static_cast<size_t>(n) * sizeof(float));
+        for (int64_t i = n; i < Padded(n); ++i) buffer[i] = -INFINITY;
+      }
+      if constexpr (kMax) {
+        for (int64_t i = 0; i < Padded(n); i += 4 * kLanes) {
+          for (int u = 0; u < 4; ++u) top[u] = Max(Load(block + i + u * kLanes), top[u]);
+        }
+      }
     } else {
       const uint16_t* p = reinterpret_cast<const uint16_t*>(data) + begin;
-      const uint16_t* tail = p + whole;
-      uint16_t last[kLanes] = {};
-      std::memcpy(last, tail, static_cast<size_t>(n - whole) * sizeof(uint16_t));
       if (dtype == DType::kBf16) {
-        for (int64_t i = 0; i < whole; i += kLanes) Store(LoadBf16(p + i), buffer + i);
-        if (whole < n) Store(LoadBf16(last), buffer + whole);
+        Widen<kMax>(p, n, [](const uint16_t* x) { return LoadBf16(x); }, top);
       } else {
-        for (int64_t i = 0; i < whole; i += kLanes) Store(LoadF16(p + i), buffer + i);
-        if (whole < n) Store(LoadF16(last), buffer + whole);
+        Widen<kMax>(p, n, [](const uint16_t* x) { return LoadF16(x); }, top);
       }
     }
-    for (int64_t i = n; i < Padded(n); ++i) buffer[i] = -INFINITY;
-    return buffer;
+    if constexpr (kMax) max = MaxOf(Max(Max(top[0], top[1]), Max(top[2], top[3])));
+    return block;
   }
-};
 
-PD_INLINE float BlockMax(const float* x, int64_t n) {
-  V m[4] = {Set(-INFINITY), Set(-INFINITY), Set(-INFINITY), Set(-INFINITY)};
-  for (int64_t i = 0; i < n; i += 4 * kLanes) {
-    for (int u = 0; u < 4; ++u) m[u] = Max(Load(x + i + u * kLanes), m[u]);  // NaN is passed over
+  template <bool kMax, class Convert>
+  PD_INLINE void Widen(const uint16_t* p, int64_t n, const Convert& convert, V (&top)[4]) {
+    const int64_t step = 4 * kLanes, whole = n / step * step;
+    const auto widen = [&](const uint16_t* from, int64_t to) __attribute__((always_inline)) {
+      for (int u = 0; u < 4; ++u) {
+        const V x = convert(from + u * kLanes);
+        Store(x, buffer + to + u * kLanes);
+        if constexpr (kMax) top[u] = Max(x, top[u]);
+      }
+    };
+    for (int64_t i = 0; i < whole; i += step) widen(p + i, i);
+    if (whole == n) return;
+    uint16_t last[kPad];
+    std::memcpy(last, p + whole, static_cast<size_t>(n - whole) * sizeof(uint16_t));
+    for (int64_t i = n - whole; i < kPad; ++i) last[i] = MinusInfinity(dtype);
+    for (int64_t i = 0; i < Padded(n) - whole; i += step) widen(last + i, whole + i);
   }
-  return MaxOf(Max(Max(m[0], m[1]), Max(m[2], m[3])));
-}
+
+  static uint16_t MinusInfinity(DType dtype) { return dtype == DType::kBf16 ? 0xff80 : 0xfc00; }
+};
 
 // Writes a block of fp32 as `dtype`.
 PD_INLINE void StoreBlock(const float* x, int64_t n, DType dtype, char* out, int64_t begin) {
