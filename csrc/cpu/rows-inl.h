@@ -76,7 +76,7 @@ struct Row {
       }
     };
     for (int64_t i = 0; i < whole; i += step) widen(p + i, i);
-    if (whole == n) return;
+    if (whole == Padded(n)) return;
     uint16_t last[kPad];
     std::memcpy(last, p + whole, static_cast<size_t>(n - whole) * sizeof(uint16_t));
     for (int64_t i = n - whole; i < kPad; ++i) last[i] = MinusInfinity(dtype);
