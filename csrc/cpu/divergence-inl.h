@@ -137,6 +137,8 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
     V sum_a[2] = {Set(0), Set(0)}, sum_b[2] = {Set(0), Set(0)};
     V back_a[2] = {Set(0), Set(0)}, back_b[2] = {Set(0), Set(0)};
     for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+      s.Prefetch(begin + kBlock + i, 2 * kLanes);
+      t.Prefetch(begin + kBlock + i, 2 * kLanes);
       for (int u = 0; u < 2; ++u) {
         const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
         const V e_s = ExpNonPositive(k * (xs - max_s)), e_t = ExpNonPositive(k * (xt - max_t));
