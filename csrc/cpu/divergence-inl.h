@@ -101,15 +101,95 @@ struct Kept {
 // Below this a KL is summed by its Bregman terms; above, the plain sum of p d is as exact.
 constexpr double kSmallKl = 0.05;
 
+// What KlSweep adds up over a block: normalisers, and sums of e d0 and e phi(d0) from either side.
+struct KlSums {
+  float z_s, z_t, plain_pq, fine_pq, plain_qp, fine_qp, low, high;
+};
+
+// How a block is summed, see KlSweep. kFinite: no logit is infinite, so nothing needs a bound; a
+// sum that is not finite tells that this was wrong. kUnit: the temperature is 1.
+struct KlMode {
+  bool pq, qp, precise, keep, unit, finite;
+};
+
+#if PD_TARGET >= PD_TARGET_AVX512
+constexpr bool kTryFinite = true;
+PD_INLINE V ExpUnbounded(V x) { return ExpFinite(x); }
+#else
+constexpr bool kTryFinite = false;
+PD_INLINE V ExpUnbounded(V x) { return ExpNonPositive(x); }
+#endif
+
+// `ratio` is e_t exp(-d0) / e_s. A block ahead of the logits, their cache lines are asked for.
+template <KlMode kMode>
+PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const float* bs, const float* bt,
+                         int64_t begin, int64_t padded, float scale, float centre, float top_s,
+                         float top_t, float ratio_of_e, const Kept& kept) {
+  const V k = Set(scale), c0 = Set(centre), half = Set(0.5f), one = Set(1.0f);
+  const V max_s = Set(top_s), max_t = Set(top_t);
+  const V ratio = Set(ratio_of_e), inverse = Set(1.0f / ratio_of_e);
+  const auto scaled = [&](V x) __attribute__((always_inline)) { return kMode.unit ? x : k * x; };
+  const auto exponential = [&](V x) __attribute__((always_inline)) {
+    return kMode.finite ? ExpUnbounded(x) : ExpNonPositive(x);
+  };
+  V low = Set(INFINITY), high = Set(-INFINITY);
+  V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
+  V plain_pq[2] = {Set(0), Set(0)}, fine_pq[2] = {Set(0), Set(0)};
+  V plain_qp[2] = {Set(0), Set(0)}, fine_qp[2] = {Set(0), Set(0)};
+  for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+    s.Prefetch(begin + kBlock + i, 2 * kLanes);
+    t.Prefetch(begin + kBlock + i, 2 * kLanes);
+    for (int u = 0; u < 2; ++u) {
+      const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
+      const V e_s = exponential(scaled(xs - max_s)), e_t = exponential(scaled(xt - max_t));
+      z_s[u] = z_s[u] + e_s;
+      z_t[u] = z_t[u] + e_t;
+      if constexpr (kMode.keep) {
+        Store(e_s, kept.e_s + begin + i + u * kLanes);
+        Store(e_t, kept.e_t + begin + i + u * kLanes);
+      }
+      const V gap = xt - xs;
+      V d = kMode.unit ? gap - c0 : Fms(k, gap, c0);
+      if constexpr (kMode.precise) {
+        const V error = RoundingError(xt, xs, gap);
+        d = Select(Lt(Abs(error), one), Fma(k, error, d), d);  // NaN beside infinities
+      }
+      // Where the weight is 0 the infinities of d, and its NaN where both are -inf, must not count.
+      // Where it is not, D is infinite, which `low` and `high` tell.
+      const V d_p = kMode.finite ? d : Max(d, Set(-kHuge));
+      const V d_q = kMode.finite ? d : Min(d, Set(kHuge));
+      if constexpr (kMode.pq) {
+        if constexpr (!kMode.finite) high = Max(gap, high);
+        plain_pq[u] = Fma(e_t, d_p, plain_pq[u]);
+      }
+      if constexpr (kMode.qp) {
+        if constexpr (!kMode.finite) low = Min(gap, low);
+        plain_qp[u] = Fnma(e_s, d_q, plain_qp[u]);
+      }
+      if constexpr (kMode.precise && kMode.pq) {
+        const V far = Fma(e_t, d_p - one, e_s * ratio);
+        fine_pq[u] = fine_pq[u] + Select(Lt(Abs(d), half), e_t * PhiSmall(d), far);
+      }
+      if constexpr (kMode.precise && kMode.qp) {
+        const V far = Fnma(e_s, d_q + one, e_t * inverse);
+        fine_qp[u] = fine_qp[u] + Select(Lt(Abs(d), half), e_s * PhiSmall(Neg(d)), far);
+      }
+    }
+  }
+  const auto sum = [](const V(&v)[2]) __attribute__((always_inline)) { return Sum(v[0] + v[1]); };
+  return {sum(z_s),      sum(z_t),     sum(plain_pq), sum(fine_pq),
+          sum(plain_qp), sum(fine_qp), MinOf(low),    MaxOf(high)};
+}
+
 // One sweep for the normalisers and KL(p || q) and, or, KL(q || p), about `centre`, an estimate of
 // C. The plain form sums e d0 only; the precise one also sums e phi(d0), with t - s to its last
 // bit. Returns false if the results may have lost digits and deserve a precise sweep about the
 // right C.
-template <bool kPq, bool kQp, bool kPrecise, bool kKeep = false>
+template <bool kPq, bool kQp, bool kPrecise, bool kKeep = false, bool kUnit = false>
 bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept& kept_exps = {}) {
-  const V k = Set(pair.k), c0 = Set(centre), half = Set(0.5f), one = Set(1.0f);
-  V low = Set(INFINITY), high = Set(-INFINITY);
-  double a_pq = 0, b_pq = 0, a_qp = 0, b_qp = 0;  // sums of e phi(d0) and e d0
+  constexpr KlMode kSafe{kPq, kQp, kPrecise, kKeep, kUnit, false};
+  constexpr KlMode kFinite{kPq, kQp, kPrecise, kKeep, kUnit, true};
+  double a_pq = 0, b_pq = 0, a_qp = 0, b_qp = 0;
   bool clamped = false;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
@@ -119,69 +199,35 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
     const double lift_t = Lift(top_t, pair.k, pair.max_t);
     pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
     pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
-    const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
+    const float max_s = FiniteMax(pair.max_s), max_t = FiniteMax(pair.max_t);
     if constexpr (kKeep) {
-      kept_exps.max_s[begin / kBlock] = FiniteMax(pair.max_s);
-      kept_exps.max_t[begin / kBlock] = FiniteMax(pair.max_t);
+      kept_exps.max_s[begin / kBlock] = max_s;
+      kept_exps.max_t[begin / kBlock] = max_t;
     }
-    V ratio = one, inverse = one;  // e_t exp(-d0) = e_s ratio, and e_s exp(d0) = e_t / ratio
+    float ratio = 1.0f;
     if constexpr (kPrecise) {
-      const double log_ratio =
-          double(pair.k) * (FiniteMax(pair.max_s) - double(FiniteMax(pair.max_t))) + centre;
+      const double log_ratio = double(pair.k) * (max_s - double(max_t)) + centre;
       const bool inside = std::fabs(log_ratio) < 60.0;
       clamped |= !inside;
-      ratio = Set(inside ? static_cast<float>(std::exp(log_ratio)) : 1.0f);
-      inverse = Set(inside ? static_cast<float>(std::exp(-log_ratio)) : 1.0f);
+      if (inside) ratio = static_cast<float>(std::exp(log_ratio));
     }
-    V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
-    V sum_a[2] = {Set(0), Set(0)}, sum_b[2] = {Set(0), Set(0)};
-    V back_a[2] = {Set(0), Set(0)}, back_b[2] = {Set(0), Set(0)};
-    for (int64_t i = 0; i < padded; i += 2 * kLanes) {
-      s.Prefetch(begin + kBlock + i, 2 * kLanes);
-      t.Prefetch(begin + kBlock + i, 2 * kLanes);
-      for (int u = 0; u < 2; ++u) {
-        const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
-        const V e_s = ExpNonPositive(k * (xs - max_s)), e_t = ExpNonPositive(k * (xt - max_t));
-        z_s[u] = z_s[u] + e_s;
-        z_t[u] = z_t[u] + e_t;
-        if constexpr (kKeep) {
-          Store(e_s, kept_exps.e_s + begin + i + u * kLanes);
-          Store(e_t, kept_exps.e_t + begin + i + u * kLanes);
-        }
-        const V gap = xt - xs;
-        V d = Fms(k, gap, c0);
-        if constexpr (kPrecise) {
-          const V error = RoundingError(xt, xs, gap);
-          d = Select(Lt(Abs(error), one), Fma(k, error, d), d);  // NaN beside infinities
-        }
-        // Where the weight is 0 the infinities of d, and its NaN where both are -inf, must not
-        // count. Where it is not, D is infinite, which `low` and `high` tell.
-        const V d_p = Max(d, Set(-kHuge)), d_q = Min(d, Set(kHuge));
-        if constexpr (kPq) {
-          high = Max(gap, high);
-          sum_b[u] = Fma(e_t, d_p, sum_b[u]);
-        }
-        if constexpr (kQp) {
-          low = Min(gap, low);
-          back_b[u] = Fnma(e_s, d_q, back_b[u]);
-        }
-        if constexpr (kPrecise && kPq) {
-          const V far = Fma(e_t, d_p - one, e_s * ratio);
-          sum_a[u] = sum_a[u] + Select(Lt(Abs(d), half), e_t * PhiSmall(d), far);
-        }
-        if constexpr (kPrecise && kQp) {
-          const V far = Fnma(e_s, d_q + one, e_t * inverse);
-          back_a[u] = back_a[u] + Select(Lt(Abs(d), half), e_s * PhiSmall(Neg(d)), far);
-        }
-      }
+    KlSums sums;
+    bool summed = false;
+    if (kTryFinite && n == padded) {
+      sums = KlBlock<kFinite>(s, t, bs, bt, begin, padded, pair.k, centre, max_s, max_t, ratio,
+                              kept_exps);
+      summed = std::isfinite(sums.z_s + sums.z_t + sums.plain_pq + sums.fine_pq + sums.plain_qp +
+                             sums.fine_qp);
     }
-    pair.z_s += Sum(z_s[0] + z_s[1]);
-    pair.z_t += Sum(z_t[0] + z_t[1]);
-    if constexpr (kPq) a_pq += Sum(sum_a[0] + sum_a[1]), b_pq += Sum(sum_b[0] + sum_b[1]);
-    if constexpr (kQp) a_qp += Sum(back_a[0] + back_a[1]), b_qp += Sum(back_b[0] + back_b[1]);
+    if (!summed) {
+      sums = KlBlock<kSafe>(s, t, bs, bt, begin, padded, pair.k, centre, max_s, max_t, ratio,
+                            kept_exps);
+    }
+    pair.z_s += sums.z_s, pair.z_t += sums.z_t;
+    a_pq += sums.fine_pq, b_pq += sums.plain_pq, a_qp += sums.fine_qp, b_qp += sums.plain_qp;
+    pair.low = sums.low < pair.low ? sums.low : pair.low;
+    pair.high = sums.high > pair.high ? sums.high : pair.high;
   }
-  pair.low = MinOf(low);
-  pair.high = MaxOf(high);
 
   bool kept = true;
   const double off = pair.LogRatio() - centre;  // C - C0
@@ -216,8 +262,10 @@ void Kl(Row& s, Row& t, int64_t vocab, Pair& pair, const Kept& exps = {}) {
   if (!std::isfinite(c)) c = 0;
   const float c0 = static_cast<float>(c);
   const bool far = guess.kl_pq >= 2 * kSmallKl && guess.kl_qp >= 2 * kSmallKl;
-  const bool kept = far ? KlSweep<kPq, kQp, false, kKeep>(s, t, vocab, c0, pair, exps)
-                        : KlSweep<kPq, kQp, true, kKeep>(s, t, vocab, c0, pair, exps);
+  const bool kept = !far ? KlSweep<kPq, kQp, true, kKeep>(s, t, vocab, c0, pair, exps)
+                    : k != 1.0f
+                        ? KlSweep<kPq, kQp, false, kKeep>(s, t, vocab, c0, pair, exps)
+                        : KlSweep<kPq, kQp, false, kKeep, true>(s, t, vocab, c0, pair, exps);
   c = pair.LogRatio();
   if (kept || !std::isfinite(c) || (kPq && pair.NoQ()) || (kQp && pair.NoP())) return;
   pair = Pair{.k = k};

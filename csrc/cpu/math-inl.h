@@ -38,26 +38,33 @@ inline constexpr float kPowersOf2[16] = {
 };
 #endif
 
-// e^x for x <= 0, the inner loop of every softmax: ln 2 in one piece, so that the relative error is
-// 1.5 ulp + 2.7e-9 abs(x), a quarter ulp more at -11.
-PD_INLINE V ExpNonPositive(V x) {
-  x = Max(Set(-105.0f), x);
 #if PD_TARGET >= PD_TARGET_AVX512
-  // x = n ln 2 + r with n a multiple of 1/16: 2^n is a power of two and a table's entry, and abs(r)
-  // <= ln 2 / 32 needs three terms. Adding 1.5 2^19 rounds to sixteenths and leaves n's in the low
-  // bits.
+// e^x for finite x <= 88; infinities and NaN give NaN.
+// x = n ln 2 + r with n a multiple of 1/16: 2^n is a power of two and a table's entry, and abs(r)
+// <= ln 2 / 32 needs three terms. Adding 1.5 2^19 rounds to sixteenths and leaves n's in the low
+// bits.
+PD_INLINE V ExpFinite(V x) {
   const V magic = Set(786432.0f), shifted = Fma(x, Set(1.44269504f), magic), n = shifted - magic;
   const V r = Fnma(n, Set(0.693147182f), x);
   const V fraction = Lookup16(shifted, Load(kPowersOf2));
   const V q = Fma(Fma(r, Set(0.166666667f), Set(0.5f)), r * r, r);
   return Scale2(Fma(fraction, q, fraction), n);
+}
+#endif
+
+// e^x for x <= 0, the inner loop of every softmax: ln 2 in one piece, so that the relative error is
+// 1.5 ulp + 2.7e-9 abs(x), a quarter ulp more at -11.
+PD_INLINE V ExpNonPositive(V x) {
+  x = Max(Set(-105.0f), x);
+#if PD_TARGET >= PD_TARGET_AVX512
+  return ExpFinite(x);
 #else
   const V n = Round(x * Set(1.44269504f));
   return Scale2(Expm1Reduced(Fnma(n, Set(0.693147182f), x)) + Set(1.0f), n);
 #endif
 }
 
-// The same, and e^x - 1 with full relative precision for small x.
+// ExpNonPositive, and e^x - 1 with full relative precision for small x.
 PD_INLINE V ExpNonPositive(V x, V& minus_one) {
   x = Max(Set(-105.0f), x);
   const V n = Round(x * Set(1.44269504f)), one = Set(1.0f);
