@@ -57,6 +57,8 @@ class Choice:
     reason: str
 
 
+_ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # what "auto" tries, by device type
+
 OPERATORS: dict[str, Operator] = {}
 
 
@@ -115,10 +117,13 @@ def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not known; use one of {', '.join(IMPLS)}.")
     if impl == "auto":
-        choice = explain(op, device, dtype)
-        if choice.backend == "reference" and dtype in op.dtypes:
-            _warn_once(f"pydistill.{op.name} uses the slow reference: {choice.reason}")
-        return choice.backend
+        for backend in _ORDER.get(device, ()):
+            if _unavailable(op, backend, device, dtype) is None:
+                return backend
+        if dtype in op.dtypes:
+            reason = explain(op, device, dtype).reason
+            _warn_once(f"pydistill.{op.name} uses the slow reference: {reason}")
+        return "reference"
     reason = _unavailable(op, impl, device, dtype)
     if reason:
         raise ValueError(f"impl={impl!r} cannot run {op.name} here: {reason}")
@@ -131,9 +136,8 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def explain(op: Operator, device: str, dtype: torch.dtype = torch.float32) -> Choice:
     """What `impl="auto"` picks for tensors of `dtype` on `device`, and why."""
-    order = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device, ())
     reasons = []
-    for backend in order:
+    for backend in _ORDER.get(device, ()):
         reason = _unavailable(op, backend, device, dtype)
         if reason is None:
             return Choice(backend, _capability() if backend == "cpu" else "kernel found")

@@ -63,6 +63,8 @@ void NormSweep(Row& s, Row& t, int64_t vocab, Pair& pair) {
     const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
     V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
     for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+      s.Prefetch(begin + kBlock + i);
+      t.Prefetch(begin + kBlock + i);
       for (int u = 0; u < 2; ++u) {
         const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
         z_s[u] = z_s[u] + ExpNonPositive(k * (xs - max_s));
@@ -137,8 +139,8 @@ PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const float* bs, const floa
   V plain_pq[2] = {Set(0), Set(0)}, fine_pq[2] = {Set(0), Set(0)};
   V plain_qp[2] = {Set(0), Set(0)}, fine_qp[2] = {Set(0), Set(0)};
   for (int64_t i = 0; i < padded; i += 2 * kLanes) {
-    s.Prefetch(begin + kBlock + i, 2 * kLanes);
-    t.Prefetch(begin + kBlock + i, 2 * kLanes);
+    s.Prefetch(begin + kBlock + i);
+    t.Prefetch(begin + kBlock + i);
     for (int u = 0; u < 2; ++u) {
       const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
       const V e_s = exponential(scaled(xs - max_s)), e_t = exponential(scaled(xt - max_t));
@@ -444,8 +446,7 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
       label >= a.vocab || !ReadParams(a, r, pair.k, t2, shape)) {
     return;
   }
-  Row s{RowAt(a.student, row_s), a.student.dtype, {}},
-      t{RowAt(a.teacher, row_t), a.teacher.dtype, {}};
+  Row s(RowAt(a.student, row_s), a.student.dtype), t(RowAt(a.teacher, row_t), a.teacher.dtype);
   constexpr bool kPq = kind == Kind::kForwardKl || kind == Kind::kAdaptiveKl;
   constexpr bool kQp = kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
   if constexpr (kKeep) {
@@ -525,15 +526,20 @@ inline Upstream MakeUpstream(const DivergenceArgs& a, int64_t r, const float* sa
   return u;
 }
 
-// Writes, or adds to `out`, the gradient of Padded(n) columns from `begin`. `out` may be `bs`.
+// Writes, or adds to `out`, the gradient of Padded(n) columns from `begin`. `out` may be the
+// student's own block.
 template <Kind kind, bool kAdd>
-PD_INLINE void GradBlock(const Upstream& up, const float* bs, const float* bt, int64_t begin,
-                         int64_t padded, float* out) {
+PD_INLINE void GradBlock(const Upstream& up, Row& s_row, Row& t_row, int64_t begin, int64_t n,
+                         float* out) {
+  const int64_t padded = Padded(n);
+  const float *bs = s_row.Block(begin, n), *bt = t_row.Block(begin, n);
   const Constants at = up.at;
   const V soft = Set(up.soft), centre = Set(up.centre);
   const V soft_p = soft * at.inverse_z_t, soft_q = soft * at.inverse_z_s;
   const V head = Set(at.shape.head), tail = Set(1.0f - at.shape.head);
   for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+    s_row.Prefetch(begin + kBlock + i);
+    t_row.Prefetch(begin + kBlock + i);
     for (int u = 0; u < 2; ++u) {
       const V s = Load(bs + i + u * kLanes), t = Load(bt + i + u * kLanes);
       V g;
@@ -567,7 +573,7 @@ void GradRow(const DivergenceArgs& a, Row& s, Row& t, const Upstream& up, char* 
     const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
     const bool in_place = a.student.dtype == DType::kF32 && n == padded;
     float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
-    GradBlock<kind, false>(up, s.Block(begin, n), t.Block(begin, n), begin, padded, to);
+    GradBlock<kind, false>(up, s, t, begin, n, to);
     StoreBlock(to, n, a.student.dtype, out, begin);
   }
   ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);
@@ -577,16 +583,20 @@ void GradRow(const DivergenceArgs& a, Row& s, Row& t, const Upstream& up, char* 
 void GradRowKept(const DivergenceArgs& a, const Kept& kept, const float* saved, const Upstream& up,
                  char* out) {
   alignas(64) float buffer[kBlock];
-  const float k = up.k;
+  const auto weight = [&](float max, float row_max, float log_z) {
+    return Set(static_cast<float>(up.soft * std::exp(double(up.k) * (max - row_max) - log_z)));
+  };
+  V of_q = Set(0.0f), of_p = Set(0.0f);
   for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
     const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
     const bool in_place = a.student.dtype == DType::kF32 && n == padded;
     float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
-    const auto weight = [&](float max, float row_max, float log_z) {
-      return Set(static_cast<float>(up.soft * std::exp(double(k) * (max - row_max) - log_z)));
-    };
-    const V of_q = weight(kept.max_s[begin / kBlock], saved[kMaxS], saved[kLogZS]);
-    const V of_p = weight(kept.max_t[begin / kBlock], saved[kMaxT], saved[kLogZT]);
+    // Most blocks share the row's maximum, and with it the weights.
+    if (begin == 0 || kept.max_s[begin / kBlock] != kept.max_s[begin / kBlock - 1] ||
+        kept.max_t[begin / kBlock] != kept.max_t[begin / kBlock - 1]) {
+      of_q = weight(kept.max_s[begin / kBlock], saved[kMaxS], saved[kLogZS]);
+      of_p = weight(kept.max_t[begin / kBlock], saved[kMaxT], saved[kLogZT]);
+    }
     const auto grad = [&](int64_t i) __attribute__((always_inline)) {
       return Load(kept.e_s + begin + i) * of_q - Load(kept.e_t + begin + i) * of_p;
     };
@@ -608,7 +618,7 @@ template <Kind kind>
 void GradRows(const DivergenceArgs& a, int64_t row, const int64_t* pairs, int64_t count,
               char* out) {
   alignas(64) float buffer[kBlock];
-  Row s{RowAt(a.student, row), a.student.dtype, {}};
+  Row s(RowAt(a.student, row), a.student.dtype);
   for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
     const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
     for (int64_t i = 0; i < padded; ++i) buffer[i] = 0.0f;
@@ -618,8 +628,8 @@ void GradRows(const DivergenceArgs& a, int64_t row, const int64_t* pairs, int64_
       if (grad == 0.0f) continue;
       const bool known = row_t >= 0 && row_t < a.teacher.rows;
       const Upstream up = MakeUpstream(a, r, a.saved + r * kSaved, known ? grad : NAN);
-      Row t{RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype, {}};
-      GradBlock<kind, true>(up, s.Block(begin, n), t.Block(begin, n), begin, padded, buffer);
+      Row t(RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype);
+      GradBlock<kind, true>(up, s, t, begin, n, buffer);
     }
     StoreBlock(buffer, n, a.student.dtype, out, begin);
   }
@@ -649,8 +659,8 @@ void Backward(const DivergenceArgs& a, int64_t begin, int64_t end, float*) {
     }
     const int64_t row_t = a.teacher_rows ? a.teacher_rows[r] : r;
     const bool known = row_t >= 0 && row_t < a.teacher.rows;
-    Row s{RowAt(a.student, row), a.student.dtype, {}};
-    Row t{RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype, {}};
+    Row s(RowAt(a.student, row), a.student.dtype);
+    Row t(RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype);
     const float grad = known ? a.grad_rows[r] : NAN;
     GradRow<kind>(a, s, t, MakeUpstream(a, r, a.saved + r * kSaved, grad), out);
   }
@@ -671,7 +681,7 @@ void Overwrite(const DivergenceArgs& a, int64_t begin, int64_t end, float* scrat
       continue;
     }
     const bool known = row_t >= 0 && row_t < a.teacher.rows;
-    Row s{out, a.student.dtype, {}}, t{RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype, {}};
+    Row s(out, a.student.dtype), t(RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype);
     const Upstream up = MakeUpstream(a, r, saved, known ? a.grad_rows[r] : NAN);
     if (kKeep && up.hard == 0.0f && !std::isnan(saved[kLogZS])) {
       GradRowKept(a, Kept(scratch, a.vocab), saved, up, out);

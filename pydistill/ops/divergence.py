@@ -732,10 +732,10 @@ def _tangent_rows(call: _Call, student_tangent: Tensor) -> tuple[Tensor, Tensor]
 
 class _DivergenceOverwrite(torch.autograd.Function):
     """(student, ..., scale [R]) -> sum of scale * row loss, with the gradient of that sum written
-    over `student`."""
+    over `student`. One `forward` with ctx: functorch's transforms cannot use it, and raise."""
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> Tensor:
         inputs, (scale_rows, options, backend) = Inputs(*args[:7]), args[7:]
         loss = torch.empty(scale_rows.shape[0], dtype=scale_rows.dtype, device=scale_rows.device)
         if backend == "reference":
@@ -747,12 +747,9 @@ class _DivergenceOverwrite(torch.autograd.Function):
             named = torch.zeros(inputs.student.shape[0], dtype=torch.bool, device=loss.device)
             named[inputs.student_rows] = True
             inputs.student.masked_fill_(~named[:, None], 0)
-        return torch.where(scale_rows == 0, 0, scale_rows * loss).sum()
-
-    @staticmethod
-    def setup_context(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(args[0])
+        ctx.save_for_backward(inputs.student)
         ctx.used = False
+        return torch.where(scale_rows == 0, 0, scale_rows * loss).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
