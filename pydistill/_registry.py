@@ -121,8 +121,8 @@ def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
             if _unavailable(op, backend, device, dtype) is None:
                 return backend
         if dtype in op.dtypes:
-            reason = explain(op, device, dtype).reason
-            _warn_once(f"pydistill.{op.name} uses the slow reference: {reason}")
+            why = explain(op, device, dtype).reason
+            _warn_once(f"pydistill.{op.name} uses the slow reference: {why}")
         return "reference"
     reason = _unavailable(op, impl, device, dtype)
     if reason:
