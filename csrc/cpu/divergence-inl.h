@@ -51,36 +51,6 @@ PD_INLINE V RoundingError(V t, V s, V gap) {
   return (t - (gap - back)) - (s + back);
 }
 
-void NormSweep(Row& s, Row& t, int64_t vocab, Pair& pair) {
-  const V k = Set(pair.k);
-  V low = Set(INFINITY), high = Set(-INFINITY);
-  for (int64_t begin = 0; begin < vocab; begin += kBlock) {
-    const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
-    float top_s, top_t;
-    const float *bs = s.Block(begin, n, top_s), *bt = t.Block(begin, n, top_t);
-    pair.z_s *= Lift(top_s, pair.k, pair.max_s);
-    pair.z_t *= Lift(top_t, pair.k, pair.max_t);
-    const V max_s = Set(FiniteMax(pair.max_s)), max_t = Set(FiniteMax(pair.max_t));
-    V z_s[2] = {Set(0), Set(0)}, z_t[2] = {Set(0), Set(0)};
-    for (int64_t i = 0; i < padded; i += 2 * kLanes) {
-      s.Prefetch(begin + kBlock + i);
-      t.Prefetch(begin + kBlock + i);
-      for (int u = 0; u < 2; ++u) {
-        const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
-        z_s[u] = z_s[u] + ExpNonPositive(k * (xs - max_s));
-        z_t[u] = z_t[u] + ExpNonPositive(k * (xt - max_t));
-        const V gap = xt - xs;  // NaN where both are -inf, and passed over
-        low = Min(gap, low);
-        high = Max(gap, high);
-      }
-    }
-    pair.z_s += Sum(z_s[0] + z_s[1]);
-    pair.z_t += Sum(z_t[0] + z_t[1]);
-  }
-  pair.low = MinOf(low);
-  pair.high = MaxOf(high);
-}
-
 // phi(x) = x + e^-x - 1 in fp64, for scalars.
 inline double Phi(double x) {
   if (std::fabs(x) > 0.03) return x + std::expm1(-x);
@@ -252,6 +222,18 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
   return kept;
 }
 
+// The normalisers for the other kinds. Returns whether the row is far from agreement (kFar).
+inline bool Normalise(Row& s, Row& t, int64_t vocab, Pair& pair) {
+  if (pair.k == 1.0f) {
+    KlSweep<true, true, false, false, true>(s, t, vocab, 0.0f, pair);
+  } else {
+    KlSweep<true, true, false>(s, t, vocab, 0.0f, pair);
+  }
+  const double rounding = 0.06 * pair.LogRatio();
+  const double kl = pair.kl_pq < pair.kl_qp ? pair.kl_pq : pair.kl_qp;
+  return kl >= kSmallKl && kl >= 0.5 * rounding * rounding;
+}
+
 // The KLs of a row. Its first columns tell where C is and whether the plain form will do; a guess
 // that turns out wrong costs a second sweep, in cache.
 template <bool kPq, bool kQp, bool kKeep = false>
@@ -280,22 +262,30 @@ struct Constants {
   Shape shape;
 
   // d = k (t - s) - C within +-kHuge, with the rounding errors of t - s and of C put back.
+  template <bool kFar = false>
   PD_INLINE V LogRatio(V s, V t) const {
-    const V gap = t - s;
-    const V d = Fms(k, gap, log_ratio), rest = Fms(k, RoundingError(t, s, gap), log_ratio_low);
+    const V gap = t - s, d = Fms(k, gap, log_ratio);
+    if constexpr (kFar) return Min(Set(kHuge), Max(d, Set(-kHuge)));
+    const V rest = Fms(k, RoundingError(t, s, gap), log_ratio_low);
     return Min(Set(kHuge), Max(Select(Lt(Abs(rest), Set(1.0f)), d + rest, d), Set(-kHuge)));
   }
 
   PD_INLINE V P(V t) const { return ExpNonPositive(k * (t - max_t)) * inverse_z_t; }
   PD_INLINE V Q(V s) const { return ExpNonPositive(k * (s - max_s)) * inverse_z_s; }
 
+  template <bool kFar>
   PD_INLINE Tokens At(V s, V t) const {
-    const V xs = k * (s - max_s), xt = k * (t - max_t), d = LogRatio(s, t), a = Abs(d);
+    const V xs = k * (s - max_s), xt = k * (t - max_t), d = LogRatio<kFar>(s, t), a = Abs(d);
     const M teacher_larger = Le(Set(0.0f), d);
     const V x = Select(teacher_larger, xt, xs);
     const V inverse_z = Select(teacher_larger, inverse_z_t, inverse_z_s);
-    V e;
-    const V ratio = ExpNonPositive(Neg(a), e);
+    V e, ratio;
+    if constexpr (kFar) {
+      ratio = ExpNonPositive(Neg(a));
+      e = ratio - Set(1.0f);
+    } else {
+      ratio = ExpNonPositive(Neg(a), e);
+    }
     return {
         xt - log_z_t, xs - log_z_s, d, a, teacher_larger, ExpNonPositive(x) * inverse_z, ratio, e};
   }
@@ -316,7 +306,7 @@ Constants MakeConstants(float k, float max_s, double log_z_s, float max_t, doubl
           shape};
 }
 
-template <Kind kind>
+template <Kind kind, bool kFar>
 void ValueSweep(Row& s, Row& t, int64_t vocab, const Constants& at, double& value, double& centre) {
   value = centre = 0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
@@ -324,7 +314,7 @@ void ValueSweep(Row& s, Row& t, int64_t vocab, const Constants& at, double& valu
     const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
     V sum_value = Set(0), sum_qh = Set(0);
     for (int64_t i = 0; i < padded; i += kLanes) {
-      const Term term = TermOf<kind>(at.shape, at.At(Load(bs + i), Load(bt + i)));
+      const Term term = TermOf<kind, kFar>(at.shape, at.At<kFar>(Load(bs + i), Load(bt + i)));
       sum_value = sum_value + term.value;
       sum_qh = sum_qh + term.qh;
     }
@@ -449,12 +439,13 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
   Row s(RowAt(a.student, row_s), a.student.dtype), t(RowAt(a.teacher, row_t), a.teacher.dtype);
   constexpr bool kPq = kind == Kind::kForwardKl || kind == Kind::kAdaptiveKl;
   constexpr bool kQp = kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
+  bool far = false;
   if constexpr (kKeep) {
     Kl<kPq, kQp, true>(s, t, a.vocab, pair, Kept(scratch, a.vocab));
   } else if constexpr (kPq || kQp) {
     Kl<kPq, kQp>(s, t, a.vocab, pair);
   } else {
-    NormSweep(s, t, a.vocab, pair);
+    far = Normalise(s, t, a.vocab, pair);
   }
   if (!pair.Defined()) return;
 
@@ -470,7 +461,12 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
     value = head * pair.kl_pq + (1 - head) * pair.kl_qp;
     centre = pair.kl_qp;
   } else {
-    ValueSweep<kind>(s, t, a.vocab, at, value, centre);
+    if (far) {
+      ValueSweep<kind, true>(s, t, a.vocab, at, value, centre);
+    } else {
+      ValueSweep<kind, false>(s, t, a.vocab, at, value, centre);
+    }
+    head = far ? 1 : 0;
   }
   if (Infinite(kind, pair, shape)) {
     value = INFINITY;
@@ -528,7 +524,7 @@ inline Upstream MakeUpstream(const DivergenceArgs& a, int64_t r, const float* sa
 
 // Writes, or adds to `out`, the gradient of Padded(n) columns from `begin`. `out` may be the
 // student's own block.
-template <Kind kind, bool kAdd>
+template <Kind kind, bool kAdd, bool kFar>
 PD_INLINE void GradBlock(const Upstream& up, Row& s_row, Row& t_row, int64_t begin, int64_t n,
                          float* out) {
   const int64_t padded = Padded(n);
@@ -552,8 +548,8 @@ PD_INLINE void GradBlock(const Upstream& up, Row& s_row, Row& t_row, int64_t beg
         const V q = at.Q(s);
         g = soft * Fma(head, q - at.P(t), tail * q * (Neg(at.LogRatio(s, t)) - centre));
       } else {
-        const Tokens x = at.At(s, t);
-        g = soft * Fnma(x.Q(), centre, TermOf<kind>(at.shape, x).qh);
+        const Tokens x = at.At<kFar>(s, t);
+        g = soft * Fnma(x.Q(), centre, TermOf<kind, kFar>(at.shape, x).qh);
       }
       if (up.hard != 0.0f) {
         g = Fma(ExpNonPositive(s - Set(up.max_s)) * Set(up.inverse_z_1), Set(up.hard), g);
@@ -566,17 +562,27 @@ PD_INLINE void GradBlock(const Upstream& up, Row& s_row, Row& t_row, int64_t beg
 }
 
 // The gradient of one pair, written to `out` (which may be the student's row itself).
-template <Kind kind>
+template <Kind kind, bool kFar>
 void GradRow(const DivergenceArgs& a, Row& s, Row& t, const Upstream& up, char* out) {
   alignas(64) float buffer[kBlock];
   for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
     const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
     const bool in_place = a.student.dtype == DType::kF32 && n == padded;
     float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
-    GradBlock<kind, false>(up, s, t, begin, n, to);
+    GradBlock<kind, false, kFar>(up, s, t, begin, n, to);
     StoreBlock(to, n, a.student.dtype, out, begin);
   }
   ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);
+}
+
+template <Kind kind>
+void GradRow(const DivergenceArgs& a, Row& s, Row& t, const Upstream& up, char* out) {
+  constexpr bool kOwnSweep =
+      kind == Kind::kForwardKl || kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
+  if constexpr (!kOwnSweep) {
+    if (up.at.shape.head == 1.0f) return GradRow<kind, true>(a, s, t, up, out);
+  }
+  GradRow<kind, false>(a, s, t, up, out);
 }
 
 // The gradient of forward_kl from the exponentials that ForwardPair kept: two products a token.
@@ -629,7 +635,7 @@ void GradRows(const DivergenceArgs& a, int64_t row, const int64_t* pairs, int64_
       const bool known = row_t >= 0 && row_t < a.teacher.rows;
       const Upstream up = MakeUpstream(a, r, a.saved + r * kSaved, known ? grad : NAN);
       Row t(RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype);
-      GradBlock<kind, true>(up, s, t, begin, n, buffer);
+      GradBlock<kind, true, false>(up, s, t, begin, n, buffer);
     }
     StoreBlock(buffer, n, a.student.dtype, out, begin);
   }

@@ -98,6 +98,13 @@ PD_INLINE V Log(V x) {
   return Select(Le(Set(0.0f), x), y, Set(NAN));  // in this order NaN stays NaN
 }
 
+// log u for positive, normal u.
+PD_INLINE V LogNormal(V u) {
+  V m, e;
+  Split2(u, m, e);
+  return LogReduced(m - Set(1.0f), e);
+}
+
 // log u for u = 1 + w > 0 (normal), with full relative precision for small w: where u needs no
 // scaling, w itself is the reduced argument and the rounding of 1 + w does not matter.
 PD_INLINE V Log1p(V w, V u) {

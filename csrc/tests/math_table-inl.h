@@ -36,7 +36,7 @@ PD_INLINE V Apply(Math function, V x) {
 }
 
 inline void math_map(Math function, const float* in, int64_t size, float* out) {
-  Row row{reinterpret_cast<const char*>(in), DType::kF32, {}};
+  Row row{reinterpret_cast<const char*>(in), DType::kF32};
   alignas(64) float buffer[kBlock];
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t n = size - begin < kBlock ? size - begin : kBlock, padded = Padded(n);
@@ -47,7 +47,7 @@ inline void math_map(Math function, const float* in, int64_t size, float* out) {
 }
 
 inline void widen(DType dtype, const void* in, int64_t size, float* out) {
-  Row row{static_cast<const char*>(in), dtype, {}};
+  Row row{static_cast<const char*>(in), dtype};
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t n = size - begin < kBlock ? size - begin : kBlock;
     StoreBlock(row.Block(begin, n), n, DType::kF32, reinterpret_cast<char*>(out), begin);
@@ -55,7 +55,7 @@ inline void widen(DType dtype, const void* in, int64_t size, float* out) {
 }
 
 inline void narrow(DType dtype, const float* in, int64_t size, void* out) {
-  Row row{reinterpret_cast<const char*>(in), DType::kF32, {}};
+  Row row{reinterpret_cast<const char*>(in), DType::kF32};
   for (int64_t begin = 0; begin < size; begin += kBlock) {
     const int64_t n = size - begin < kBlock ? size - begin : kBlock;
     StoreBlock(row.Block(begin, n), n, dtype, static_cast<char*>(out), begin);
