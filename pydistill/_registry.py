@@ -21,7 +21,8 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,18 @@ def kernel(op: Operator, name: str, schema: str, reference: Callable[..., None])
 
 def _fake_out(*args: Any) -> None:
     """Every kernel writes into tensors the caller made, so nothing is to be inferred."""
+
+
+@contextmanager
+def autograd_inside_op() -> Iterator[None]:
+    """Autograd inside a reference that the dispatcher called: it runs such a kernel with the
+    autograd keys switched off, and a gradient taken there would not exist."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "ADInplaceOrView"):
+        excluded = excluded.remove(torch._C._dispatch_key_parse(key))
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 def overload(name: str, backend: str) -> Callable[..., None]:

@@ -442,7 +442,7 @@ def _forward_out(*args: Any) -> None:
 def _backward_out(*args: Any) -> None:
     student, teacher, student_rows, teacher_rows, _, _, labels, params, _, grad_rows = args[:10]
     options, grad = Options(*args[10:18]), args[18]
-    with torch.enable_grad():
+    with _registry.autograd_inside_op():
         leaf = student.detach().requires_grad_()
         inputs = Inputs(leaf, teacher, student_rows, teacher_rows, grad_rows != 0, labels, params)
         loss, _ = divergence_reference(inputs, options)

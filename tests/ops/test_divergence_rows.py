@@ -13,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pydistill import divergence, divergence_with_stats
+from pydistill import _registry, divergence, divergence_with_stats
 from pydistill.ops.divergence import KINDS
 
 OP = "divergence"
+HAS_NATIVE = _registry.has_kernel("divergence_fwd", "cpu")
 close = torch.testing.assert_close
 
 
@@ -111,11 +112,14 @@ def tensors(pair: tuple[list[float], list[float]]) -> tuple[Tensor, Tensor]:
 def test_never_negative_and_zero_for_itself(
     pair: tuple[list[float], list[float]], kind: str, kernel_impl: str
 ) -> None:
+    """Exactly so in a kernel; the reference, in its place without native code, sums terms of both
+    signs in fp32."""
+    least = 0.0 if HAS_NATIVE else -1e-6
     student, teacher = tensors(pair)
-    assert divergence(student, teacher, kind, impl=kernel_impl) >= 0
+    assert divergence(student, teacher, kind, impl=kernel_impl) >= least
     itself = student.clone().requires_grad_()
     loss = divergence(itself, student, kind, impl=kernel_impl)
-    assert 0 <= loss < 1e-6
+    assert least <= loss < 1e-6
     assert torch.autograd.grad(loss, itself)[0].abs().max() < 1e-5
 
 
