@@ -54,9 +54,9 @@ format: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
 
-# Every file of one operator: its stem opens the file's name, after test_ or bench_ and before the
-# name of a part; attention_transfer, an operator of its own, is no part of attention.
-STEM = (^|/)((test|bench)_)?
+# Every file of one operator: its stem opens the file's name, after test_, bench_ or the _ of a
+# private module, and before the name of a part; attention_transfer, an operator of its own, is no part of attention.
+STEM = (^|/)((test|bench)?_)?
 room:
 	@test -n "$(OP)" || { echo "usage: make room OP=<operator>"; exit 2; }
 	@others=$$(git ls-files 'pydistill/ops/$(OP)_*.py' | sed 's|.*/||; s|\.py$$||' | paste -sd '|' -); \

@@ -16,6 +16,7 @@ from pydistill.ops.divergence import (
 from pydistill.ops.divergence import (
     divergence_with_stats as divergence_with_stats,
 )
+from pydistill.reference.divergence import KINDS as KINDS
 
 try:
     __version__ = version("pydistill-kernels")

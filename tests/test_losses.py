@@ -5,8 +5,7 @@ import inspect
 import pytest
 import torch
 
-from pydistill import divergence, losses
-from pydistill.ops.divergence import KINDS
+from pydistill import KINDS, divergence, losses
 
 CLASSES = {
     "forward_kl": losses.ForwardKL,

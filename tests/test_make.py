@@ -12,6 +12,7 @@ ATTENTION = [
     "csrc/cpu/attention_bwd-inl.h",
     "csrc/tests/attention_test.cc",
     "kernels/configs/attention/device.json",
+    "pydistill/ops/_attention_call.py",
     "pydistill/ops/attention.py",
     "tests/ops/test_attention.py",
 ]

@@ -6,7 +6,7 @@ For a row of V logits, with p = softmax(teacher / T), q = softmax(student / T),
     logsumexp(student)^2
 
 where t2 is T^2 or 1, and CE and the z-loss are at temperature 1. With h = dD/dq, the gradient of D
-with respect to the student's logits is q * (h - sum(q h)) / T. `KINDS` lists D;
+with respect to the student's logits is q * (h - sum(q h)) / T. `pydistill.KINDS` lists D;
 docs/ops/divergence.md gives each D and h and its source.
 
 Shapes: logits [..., V], one loss a row. Inputs fp32, bf16 or fp16 (fp64 on the reference), the two
@@ -20,7 +20,6 @@ is O(rows) and any upstream gradient, a repeated backward and `retain_graph` are
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,18 +28,15 @@ from torch.autograd import forward_ad
 
 from pydistill import _registry
 from pydistill.ops import _rows
-from pydistill.ops._conventions import find_convention
+from pydistill.ops._divergence_call import OP, Call, prepare
 from pydistill.reference.divergence import (
     ENTROPY_T,
-    KINDS,
     SAVED,
     STATS,
     Inputs,
     Options,
     divergence_reference,
 )
-
-OP = _registry.operator("divergence", {torch.float32, torch.bfloat16, torch.float16})
 
 
 class DivergenceStats(NamedTuple):
@@ -91,7 +87,7 @@ def divergence(
         student_logits: `[..., V]`, any strides. fp32, bf16, fp16; fp64 on the reference.
         teacher_logits: `[..., V]`, same prefix (see the row arguments), any of those dtypes; must
             not require grad.
-        kind: one of `KINDS`.
+        kind: one of `pydistill.KINDS`.
         beta, alpha: the kind's parameters, a scalar or one value a row; None takes the kind's
             default. `jsd` needs 0 < beta < 1, the skewed kinds 0 < alpha < 1, `alpha_beta` any
             finite pair.
@@ -129,7 +125,7 @@ def divergence(
             the fix. Where values cannot be read for free (under compile, on a GPU) the offending
             row's loss is NaN instead.
     """
-    call = _prepare(
+    call = prepare(
         student_logits,
         teacher_logits,
         kind,
@@ -171,7 +167,7 @@ def divergence_with_stats(
         raise ValueError(
             "overwrite_logits=True is not offered with statistics; call divergence for it."
         )
-    call = _prepare(student_logits, teacher_logits, kind, **{**_DEFAULTS, **arguments})
+    call = prepare(student_logits, teacher_logits, kind, **{**_DEFAULTS, **arguments})
     loss, stats = _loss_rows(call, with_stats=True)
     return DivergenceStats(call.reduce(loss), *(s.reshape(call.shape) for s in stats.unbind(-1)))
 
@@ -195,226 +191,9 @@ def divergence_jvp(
             f"student_tangent has shape {tuple(student_tangent.shape)}, student_logits"
             f" {tuple(student_logits.shape)}; they must be equal."
         )
-    call = _prepare(student_logits.detach(), teacher_logits, kind, **{**_DEFAULTS, **arguments})
+    call = prepare(student_logits.detach(), teacher_logits, kind, **{**_DEFAULTS, **arguments})
     loss, tangent = _tangent_rows(call, _rows.flatten(student_tangent.detach()))
     return call.reduce(loss), call.reduce(tangent)
-
-
-class _Call(NamedTuple):
-    inputs: Inputs
-    options: Options
-    backend: str
-    shape: tuple[int, ...]
-    weight: Tensor | None
-    reduction: str
-    denominator: float | Tensor | None
-    soft_cross_entropy: bool
-
-    def reduce(self, loss: Tensor) -> Tensor:
-        return _rows.reduce_rows(
-            loss, self.weight, self.inputs.counted, self.reduction, self.denominator, self.shape
-        )
-
-
-def _prepare(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    kind: str,
-    beta: float | Tensor | None,
-    alpha: float | Tensor | None,
-    temperature: float | Tensor,
-    scale_t2: bool,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    label_weight: float,
-    ignore_index: int,
-    z_loss: float,
-    reduction: str,
-    denominator: float | Tensor | None,
-    student_rows: Tensor | None,
-    teacher_rows: Tensor | None,
-    vocab: str,
-    convention: str | None,
-    impl: str,
-) -> _Call:
-    """Checks every argument and brings the call into the form that kernels take."""
-    _rows.check_logits("student_logits", student_logits)
-    _rows.check_logits("teacher_logits", teacher_logits)
-    device = student_logits.device
-    _rows.check_device("teacher_logits", teacher_logits, device)
-    if teacher_logits.requires_grad:
-        raise ValueError(
-            "teacher_logits requires grad, but gradients flow to the student only; detach it."
-        )
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(KINDS)}.")
-    _rows.check_reduction(reduction, denominator)
-    backend = _registry.resolve(OP.name, impl, device.type, student_logits.dtype)
-    if backend != "reference" and teacher_logits.dtype not in OP.dtypes:
-        raise TypeError(
-            f"teacher_logits has dtype {teacher_logits.dtype}; cast it, or pass impl='reference'."
-        )
-
-    rule = find_convention(convention, kind)
-    kind, alpha, beta, scale_t2 = rule.apply(kind, alpha, beta, scale_t2)
-    vocab_size = _vocab_size(student_logits, teacher_logits, vocab)
-    shape, rows_s, rows_t = _pairs(student_logits, teacher_logits, student_rows, teacher_rows)
-    options, params = _parameters(kind, temperature, alpha, beta, shape, student_logits)
-
-    label_weight, z_loss = _number("label_weight", label_weight), _number("z_loss", z_loss)
-    if not 0.0 <= label_weight <= 1.0:
-        raise ValueError(
-            f"label_weight={label_weight} is outside [0, 1]; it is the share of cross-entropy."
-        )
-    if label_weight > 0.0 and labels is None:
-        raise ValueError(f"label_weight={label_weight} needs labels; pass int64 labels, one a row.")
-    labels = _labels(labels, ignore_index, vocab_size, shape, device)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"mask is {got}; pass a bool tensor, True where the row counts (mask.bool())."
-            )
-        mask = _rows.row_values("mask", mask, shape, device)
-    if weight is not None:
-        if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"weight is {got}; pass a floating-point tensor of one value a row.")
-        weight = _rows.row_values("weight", weight, shape, device)
-    counted = _rows.counted_rows(mask, weight, labels, ignore_index)
-
-    options = options._replace(
-        scale_t2=scale_t2, label_weight=label_weight, z_loss=z_loss, vocab=vocab_size
-    )
-    inputs = Inputs(
-        _rows.flatten(student_logits),
-        _rows.flatten(teacher_logits),
-        rows_s,
-        rows_t,
-        counted,
-        labels if label_weight > 0.0 else None,
-        params,
-    )
-    return _Call(
-        inputs, options, backend, shape, weight, reduction, denominator, rule.soft_cross_entropy
-    )
-
-
-def _number(name: str, value: object) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not -math.inf < value < math.inf
-    ):
-        raise TypeError(f"{name} is {value!r}; pass a finite number.")
-    return float(value)
-
-
-def _vocab_size(student: Tensor, teacher: Tensor, vocab: str) -> int:
-    v_s, v_t = student.shape[-1], teacher.shape[-1]
-    if vocab not in ("equal", "min"):
-        raise ValueError(f"vocab={vocab!r} is not known; use 'equal' or 'min'.")
-    if v_s != v_t and vocab == "equal":
-        raise ValueError(
-            f"student_logits has {v_s} tokens and teacher_logits {v_t}; pass vocab='min' to"
-            " compare the first"
-            f" {min(v_s, v_t)}, if both tokenizers share them."
-        )
-    return min(v_s, v_t)
-
-
-def _pairs(
-    student: Tensor, teacher: Tensor, student_rows: Tensor | None, teacher_rows: Tensor | None
-) -> tuple[tuple[int, ...], Tensor | None, Tensor | None]:
-    """The result's shape and the two checked row indices."""
-    prefix_s, prefix_t = tuple(student.shape[:-1]), tuple(teacher.shape[:-1])
-    count_s, count_t = math.prod(prefix_s), math.prod(prefix_t)
-    rows_s = _rows.row_index("student_rows", student_rows, count_s, student.device)
-    rows_t = _rows.row_index("teacher_rows", teacher_rows, count_t, student.device)
-    if rows_s is None and rows_t is None:
-        if prefix_s != prefix_t:
-            raise ValueError(
-                f"student_logits has prefix {prefix_s} and teacher_logits {prefix_t}; make them"
-                " equal or name the"
-                " pairs with student_rows and teacher_rows."
-            )
-        return prefix_s, None, None
-    size_s = count_s if rows_s is None else rows_s.shape[0]
-    size_t = count_t if rows_t is None else rows_t.shape[0]
-    if size_s != size_t:
-        raise ValueError(
-            f"the student's side has {size_s} rows and the teacher's {size_t}; they pair one to"
-            " one."
-        )
-    return (size_s,), rows_s, rows_t
-
-
-def _parameters(
-    kind: str,
-    temperature: float | Tensor,
-    alpha: float | Tensor | None,
-    beta: float | Tensor | None,
-    shape: tuple[int, ...],
-    student: Tensor,
-) -> tuple[Options, Tensor | None]:
-    """The kind's id and parameters: scalars in `Options`, and `params [R, 3]` if any of them is a
-    tensor."""
-    spec = KINDS[kind]
-    values: list[float | Tensor] = []
-    for name, given, default in (("alpha", alpha, spec.alpha), ("beta", beta, spec.beta)):
-        if given is not None and default is None:
-            users = ", ".join(k for k, s in KINDS.items() if getattr(s, name) is not None)
-            raise ValueError(
-                f"{name} is given, but kind={kind!r} does not use it; it belongs to {users}."
-            )
-        value = _rows.row_scalar(name, given) if given is not None else (default or 0.0)
-        if default is not None:
-            low, high = (-math.inf, math.inf) if kind == "alpha_beta" else (0.0, 1.0)
-            fix = "" if kind == "alpha_beta" else "its ends are forward_kl and reverse_kl."
-            _rows.check_range(name, value, low, high, fix=fix)
-        values.append(value)
-    temperature = _rows.row_scalar("temperature", temperature)
-    _rows.check_range(
-        "temperature", temperature, 0.0, math.inf, fix="pass a positive, finite temperature."
-    )
-    values.insert(0, temperature)
-    scalars = [1.0 if isinstance(v, Tensor) else v for v in values]
-    options = Options(spec.id, scalars[0], scalars[1], scalars[2], False, 0.0, 0.0, 0)
-    if not any(isinstance(v, Tensor) for v in values):
-        return options, None
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    columns = []
-    for name, v in zip(("temperature", "alpha", "beta"), values, strict=True):
-        if isinstance(v, Tensor):
-            columns.append(_rows.row_values(name, v.detach(), shape, student.device).to(dtype))
-        else:
-            columns.append(torch.full((math.prod(shape),), v, dtype=dtype, device=student.device))
-    return options, torch.stack(columns, dim=-1)
-
-
-def _labels(
-    labels: Tensor | None,
-    ignore_index: int,
-    vocab: int,
-    shape: tuple[int, ...],
-    device: torch.device,
-) -> Tensor | None:
-    if labels is None:
-        return None
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels is {got}; pass int64 token ids (labels.long()).")
-    labels = _rows.row_values("labels", labels, shape, device)
-    if _rows.values_readable(labels):
-        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"labels holds {int(labels[wrong][0])}, which is neither a token id below {vocab}"
-                " nor"
-                f" ignore_index={ignore_index}; mask it or set ignore_index."
-            )
-    return labels.contiguous()
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -488,7 +267,7 @@ _registry.kernel(
 )
 
 
-def _loss_rows(call: _Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
+def _loss_rows(call: Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
     """Row losses `[R]`, differentiable in the student's logits, and row statistics `[R, STATS]` or
     `[0, STATS]`."""
     inputs, options = call.inputs, call.options
@@ -712,7 +491,7 @@ def _tangent(
     return (grad * tangent).sum(-1)
 
 
-def _tangent_rows(call: _Call, student_tangent: Tensor) -> tuple[Tensor, Tensor]:
+def _tangent_rows(call: Call, student_tangent: Tensor) -> tuple[Tensor, Tensor]:
     """Row losses and their tangents, by the explicit route that also compiles."""
     inputs, options = call.inputs, call.options
     if call.backend == "reference":
@@ -771,7 +550,7 @@ class _DivergenceOverwrite(torch.autograd.Function):
         return grad, *[None] * 9
 
 
-def _overwrite(call: _Call, student_logits: Tensor) -> Tensor:
+def _overwrite(call: Call, student_logits: Tensor) -> Tensor:
     inputs = call.inputs
     if call.reduction == "none":
         raise ValueError("overwrite_logits=True needs reduction='mean' or 'sum', not 'none'.")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from pydistill.ops.divergence import KINDS, divergence, divergence_with_stats
+from pydistill import KINDS, divergence, divergence_with_stats
 from pydistill.testing import cases
 from pydistill.testing.case import Case, check
 from tools.ladder.cuda.divergence import SOURCE, Call, simulated

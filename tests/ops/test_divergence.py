@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydistill import _native, _registry, divergence, divergence_with_stats
-from pydistill.ops.divergence import KINDS
+from pydistill import KINDS, _native, _registry, divergence, divergence_with_stats
 from pydistill.testing import Case, Expected, Tolerance, check, expected, load
 from pydistill.testing.case import compare
 

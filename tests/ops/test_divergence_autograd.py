@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pydistill import divergence, divergence_jvp
-from pydistill.ops.divergence import KINDS
+from pydistill import KINDS, divergence, divergence_jvp
 
 OP = "divergence"
 close = torch.testing.assert_close

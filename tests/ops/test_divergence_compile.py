@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydistill import _registry, divergence, divergence_jvp, divergence_with_stats
+from pydistill import KINDS, _registry, divergence, divergence_jvp, divergence_with_stats
 from pydistill.ops import _rows
-from pydistill.ops.divergence import KINDS, _backward_out, _forward_out, _overwrite_out
+from pydistill.ops.divergence import _backward_out, _forward_out, _overwrite_out
 from pydistill.reference.divergence import SAVED, STATS
 
 OP = "divergence"

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydistill import divergence
-from pydistill.ops.divergence import KINDS
+from pydistill import KINDS, divergence
 
 OP = "divergence"
 close = torch.testing.assert_close

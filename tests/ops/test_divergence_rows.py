@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pydistill import _registry, divergence, divergence_with_stats
-from pydistill.ops.divergence import KINDS
+from pydistill import KINDS, _registry, divergence, divergence_with_stats
 
 OP = "divergence"
 HAS_NATIVE = _registry.has_kernel("divergence_fwd", "cpu")
