@@ -17,10 +17,11 @@
 namespace pd::PD_NAMESPACE {
 namespace {
 
-// Each uses those above it.
-#include "cpu/divergence_head-inl.h"
+// clang-format off: each uses those above it
 #include "cpu/divergence_kl-inl.h"
 #include "cpu/divergence_sweeps-inl.h"
+#include "cpu/divergence_head-inl.h"
+// clang-format on
 
 inline void Fill(float* x, int n, float value) {
   if (x == nullptr) return;
