@@ -92,6 +92,9 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
   Row s(RowAt(a.student, row_s), a.student.dtype), t(RowAt(a.teacher, row_t), a.teacher.dtype);
   constexpr bool kPq = kind == Kind::kForwardKl || kind == Kind::kAdaptiveKl;
   constexpr bool kQp = kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
+  // The arg-max, the head and a normaliser at another temperature hang on the maximum itself.
+  pair.true_max =
+      stats != nullptr || kind == Kind::kAdaptiveKl || a.labels != nullptr || a.z_loss != 0.0f;
   bool far = false;
   if constexpr (kKeep) {
     Kl<kPq, kQp, true>(s, t, a.vocab, pair, Kept(scratch, a.vocab));

@@ -10,6 +10,7 @@ struct Pair {
   double z_s = 0, z_t = 0;  // sums of exp(k (x - max))
   double kl_pq = 0, kl_qp = 0;
   float low = INFINITY, high = -INFINITY;  // extremes of t - s: infinite if one side alone is -inf
+  bool true_max = true;  // false: max may be up to log(kBlock) / k below the row's maximum
 
   double LogRatio() const {  // C = lse(k t) - lse(k s)
     return double(k) * (double(max_t) - max_s) + std::log(z_t) - std::log(z_s);
@@ -60,6 +61,8 @@ constexpr double kSmallKl = 0.05;
 // What KlSweep adds up over a block: normalisers, and sums of e d0 and e phi(d0) from either side.
 struct KlSums {
   float z_s, z_t, plain_pq, fine_pq, plain_qp, fine_qp, low, high;
+
+  bool Finite() const { return std::isfinite(z_s + z_t + plain_pq + fine_pq + plain_qp + fine_qp); }
 };
 
 // How a block is summed, see KlSweep. kFinite: no logit is infinite, so nothing needs a bound; a
@@ -76,11 +79,21 @@ constexpr bool kTryFinite = false;
 PD_INLINE V ExpUnbounded(V x) { return ExpNonPositive(x); }
 #endif
 
+// Where KlBlock finds a row's columns: fp32, or bf16 to be widened.
+struct Fp32At {
+  const float* p;
+  PD_INLINE V operator()(int64_t i) const { return Load(p + i); }
+};
+struct Bf16At {
+  const uint16_t* p;
+  PD_INLINE V operator()(int64_t i) const { return LoadBf16(p + i); }
+};
+
 // `ratio` is e_t exp(-d0) / e_s. A block ahead of the logits, their cache lines are asked for.
-template <KlMode kMode>
-PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const float* bs, const float* bt,
-                         int64_t begin, int64_t padded, float scale, float centre, float top_s,
-                         float top_t, float ratio_of_e, const Kept& kept) {
+template <KlMode kMode, class At>
+PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const At& at_s, const At& at_t, int64_t begin,
+                         int64_t padded, float scale, float centre, float top_s, float top_t,
+                         float ratio_of_e, const Kept& kept) {
   const V k = Set(scale), c0 = Set(centre), half = Set(0.5f), one = Set(1.0f);
   const V max_s = Set(top_s), max_t = Set(top_t);
   const V ratio = Set(ratio_of_e), inverse = Set(1.0f / ratio_of_e);
@@ -96,7 +109,7 @@ PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const float* bs, const floa
     s.Prefetch(begin + kBlock + i);
     t.Prefetch(begin + kBlock + i);
     for (int u = 0; u < 2; ++u) {
-      const V xs = Load(bs + i + u * kLanes), xt = Load(bt + i + u * kLanes);
+      const V xs = at_s(i + u * kLanes), xt = at_t(i + u * kLanes);
       const V e_s = exponential(scaled(xs - max_s)), e_t = exponential(scaled(xt - max_t));
       z_s[u] = z_s[u] + e_s;
       z_t[u] = z_t[u] + e_t;
@@ -143,41 +156,54 @@ PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const float* bs, const floa
 // right C.
 template <bool kPq, bool kQp, bool kPrecise, bool kKeep = false, bool kUnit = false>
 bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept& kept_exps = {}) {
-  constexpr KlMode kSafe{kPq, kQp, kPrecise, kKeep, kUnit, false};
-  constexpr KlMode kFinite{kPq, kQp, kPrecise, kKeep, kUnit, true};
+  using Safe = std::integral_constant<KlMode, KlMode{kPq, kQp, kPrecise, kKeep, kUnit, false}>;
+  using Finite = std::integral_constant<KlMode, KlMode{kPq, kQp, kPrecise, kKeep, kUnit, true}>;
   double a_pq = 0, b_pq = 0, a_qp = 0, b_qp = 0;
   bool clamped = false;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
-    float top_s, top_t;
-    const float *bs = s.Block(begin, n, top_s), *bt = t.Block(begin, n, top_t);
-    const double lift_s = Lift(top_s, pair.k, pair.max_s);
-    const double lift_t = Lift(top_t, pair.k, pair.max_t);
-    pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
-    pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
-    const float max_s = FiniteMax(pair.max_s), max_t = FiniteMax(pair.max_t);
-    if constexpr (kKeep) {
-      kept_exps.max_s[begin / kBlock] = max_s;
-      kept_exps.max_t[begin / kBlock] = max_t;
-    }
-    float ratio = 1.0f;
-    if constexpr (kPrecise) {
-      const double log_ratio = double(pair.k) * (max_s - double(max_t)) + centre;
-      const bool inside = std::fabs(log_ratio) < 60.0;
-      clamped |= !inside;
-      if (inside) ratio = static_cast<float>(std::exp(log_ratio));
-    }
+    const auto block = [&](auto mode, const auto& at_s, const auto& at_t,
+                           float ratio) __attribute__((always_inline)) {
+      return KlBlock<mode()>(s, t, at_s, at_t, begin, padded, pair.k, centre, FiniteMax(pair.max_s),
+                             FiniteMax(pair.max_t), ratio, kept_exps);
+    };
     KlSums sums;
     bool summed = false;
-    if (kTryFinite && n == padded) {
-      sums = KlBlock<kFinite>(s, t, bs, bt, begin, padded, pair.k, centre, max_s, max_t, ratio,
-                              kept_exps);
-      summed = std::isfinite(sums.z_s + sums.z_t + sums.plain_pq + sums.fine_pq + sums.plain_qp +
-                             sums.fine_qp);
+    // About the maxima so far, the block read once. A sum tells if an element was far above them,
+    // where exp loses digits to the rounding of x - max, or not finite.
+    if (kTryFinite && !kPrecise && !pair.true_max && n == kBlock && s.dtype == t.dtype &&
+        s.dtype != DType::kF16 && std::isfinite(pair.max_s) && std::isfinite(pair.max_t)) {
+      if (s.dtype == DType::kF32) {
+        sums = block(Finite{}, Fp32At{s.At<float>(begin)}, Fp32At{t.At<float>(begin)}, 1.0f);
+      } else {
+        sums = block(Finite{}, Bf16At{s.At<uint16_t>(begin)}, Bf16At{t.At<uint16_t>(begin)}, 1.0f);
+      }
+      summed = sums.Finite() && sums.z_s <= kBlock && sums.z_t <= kBlock;
     }
     if (!summed) {
-      sums = KlBlock<kSafe>(s, t, bs, bt, begin, padded, pair.k, centre, max_s, max_t, ratio,
-                            kept_exps);
+      float top_s, top_t;
+      const Fp32At bs{s.Block(begin, n, top_s)}, bt{t.Block(begin, n, top_t)};
+      const double lift_s = Lift(top_s, pair.k, pair.max_s);
+      const double lift_t = Lift(top_t, pair.k, pair.max_t);
+      pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
+      pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
+      float ratio = 1.0f;
+      if constexpr (kPrecise) {
+        const double gap = double(FiniteMax(pair.max_s)) - FiniteMax(pair.max_t);
+        const double log_ratio = pair.k * gap + centre;
+        const bool inside = std::fabs(log_ratio) < 60.0;
+        clamped |= !inside;
+        if (inside) ratio = static_cast<float>(std::exp(log_ratio));
+      }
+      if (kTryFinite && n == padded) {
+        sums = block(Finite{}, bs, bt, ratio);
+        summed = sums.Finite();
+      }
+      if (!summed) sums = block(Safe{}, bs, bt, ratio);
+    }
+    if constexpr (kKeep) {
+      kept_exps.max_s[begin / kBlock] = FiniteMax(pair.max_s);
+      kept_exps.max_t[begin / kBlock] = FiniteMax(pair.max_t);
     }
     pair.z_s += sums.z_s, pair.z_t += sums.z_t;
     a_pq += sums.fine_pq, b_pq += sums.plain_pq, a_qp += sums.fine_qp, b_qp += sums.plain_qp;
@@ -229,6 +255,7 @@ void Kl(Row& s, Row& t, int64_t vocab, Pair& pair, const Kept& exps = {}) {
   double c = guess.LogRatio();
   if (!std::isfinite(c)) c = 0;
   const float c0 = static_cast<float>(c);
+  if (!pair.true_max) pair.max_s = guess.max_s, pair.max_t = guess.max_t;
   const bool far = guess.kl_pq >= 2 * kSmallKl && guess.kl_qp >= 2 * kSmallKl;
   const bool kept = !far ? KlSweep<kPq, kQp, true, kKeep>(s, t, vocab, c0, pair, exps)
                     : k != 1.0f
@@ -236,6 +263,6 @@ void Kl(Row& s, Row& t, int64_t vocab, Pair& pair, const Kept& exps = {}) {
                         : KlSweep<kPq, kQp, false, kKeep, true>(s, t, vocab, c0, pair, exps);
   c = pair.LogRatio();
   if (kept || !std::isfinite(c) || (kPq && pair.NoQ()) || (kQp && pair.NoP())) return;
-  pair = Pair{.k = k};
+  pair = Pair{.k = k, .true_max = pair.true_max};
   KlSweep<kPq, kQp, true, kKeep>(s, t, vocab, static_cast<float>(c), pair, exps);
 }

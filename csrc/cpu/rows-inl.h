@@ -28,6 +28,11 @@ struct Row {
   DType dtype;
   alignas(64) float buffer[kBlock];
 
+  template <class T>
+  const T* At(int64_t begin) const {
+    return reinterpret_cast<const T*>(data) + begin;
+  }
+
   // Columns [begin, begin + n), n <= kBlock, as Padded(n) floats.
   const float* Block(int64_t begin, int64_t n) {
     float unused;

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pydistill import _registry
-from pydistill.ops import _rows
+from pydistill.ops import _memory, _rows
 from pydistill.ops._divergence_call import OP, Call, prepare
 from pydistill.reference.divergence import (
     ENTROPY_T,
@@ -413,9 +413,12 @@ class _DivergenceBackward(torch.autograd.Function):
         grouped: tuple[Tensor | None, Tensor | None] = (None, None)
         if inputs.student_rows is not None:
             grouped = _rows.group_by_row(inputs.student_rows, inputs.student.shape[0])
-        grad = torch.empty(
-            inputs.student.shape, dtype=inputs.student.dtype, device=inputs.student.device
-        )
+        if _rows.values_readable(inputs.student):
+            grad = _memory.empty_like(inputs.student)
+        else:
+            grad = torch.empty(
+                inputs.student.shape, dtype=inputs.student.dtype, device=inputs.student.device
+            )
         _registry.overload("divergence_bwd", backend)(
             *inputs[:4],
             *grouped,

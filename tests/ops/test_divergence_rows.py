@@ -201,3 +201,32 @@ def test_gradient_of_a_row_sums_to_zero(
     (grad,) = torch.autograd.grad(divergence(student, teacher, kind, impl=kernel_impl), student)
     if torch.isfinite(grad).all():
         assert grad.sum().abs() <= 1e-5 * max(1.0, float(grad.abs().max())) * len(grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# chi2 is beyond fp32 here, and adaptive_kl's head may end one token earlier.
+@pytest.mark.parametrize("kind", [k for k in BOUNDED if k != "adaptive_kl"] + ["alpha_beta"])
+@pytest.mark.parametrize("rise", [20.0, 70.0, 95.0, 3000.0, -3000.0])
+def test_maximum_far_from_the_beginning(
+    rise: float, kind: str, dtype: torch.dtype, each_cpu: str
+) -> None:
+    """Sweeps guess the maximum from the first columns: one beyond exp's range, or a block of -inf,
+    must cost time and nothing else."""
+    student, teacher = (2 * torch.randn(2, 3, 5000)).unbind()
+    student[:, 3000:3100] += rise
+    teacher[:, 3050:3200] += rise
+    student[1, 1024:2048] = teacher[1, 1024:2048] = -math.inf
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    exact = student.double().requires_grad_()
+    want = divergence(exact, teacher.double(), kind, reduction="none", impl="reference")
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    grad_error = 2e-6 if dtype == torch.float32 else 4e-3
+    leaf = student.clone().requires_grad_()
+    loss = divergence(leaf, teacher, kind, reduction="none", impl=each_cpu)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    close(loss.double(), want, rtol=2e-5, atol=2e-6)
+    close(grad.double(), slope, rtol=grad_error, atol=grad_error)
+    over = divergence(leaf * 1, teacher, kind, reduction="sum", overwrite_logits=True)
+    close(over.double(), want.sum(), rtol=2e-5, atol=2e-6)
+    (grad,) = torch.autograd.grad(over, leaf)
+    close(grad.double(), slope, rtol=grad_error, atol=grad_error)
