@@ -15,7 +15,7 @@ CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu'
 demo: build $(VENV)/hf.stamp $(VENV)/model.stamp
 	$(BIN)/pydistill demo
 
-test: ctest $(VENV)/triton.stamp
+test: ctest $(VENV)/hf.stamp $(VENV)/triton.stamp
 	$(BIN)/python -m pytest -q
 
 ctest: build-testing
@@ -55,7 +55,8 @@ docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
 
 # Every file of one operator: its stem opens the file's name, after test_, bench_ or the _ of a
-# private module, and before the name of a part; attention_transfer, an operator of its own, is no part of attention.
+# private module, and before the name of a part; attention_transfer, an operator of its own, is no
+# part of attention.
 STEM = (^|/)((test|bench)?_)?
 room:
 	@test -n "$(OP)" || { echo "usage: make room OP=<operator>"; exit 2; }

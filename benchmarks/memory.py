@@ -52,6 +52,8 @@ def reset_high_water() -> None:
 def measure_here(op: str, case: str, contestant: str, quick: bool, threads: int) -> dict[str, int]:
     import torch
 
+    from pydistill.ops import _memory
+
     if threads:
         torch.set_num_threads(threads)
     module = importlib.import_module(f"benchmarks.bench_{op}")
@@ -63,6 +65,7 @@ def measure_here(op: str, case: str, contestant: str, quick: bool, threads: int)
     start = resident("VmRSS")
     step.run()
     gc.collect()
+    _memory.release()  # the last gradient's memory, which would hide the next one's
     step.refresh()
     reset_high_water()
     before = resident("VmRSS")
