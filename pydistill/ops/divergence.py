@@ -111,6 +111,8 @@ def divergence(
         convention: reproduces another project's value and gradient, see `pydistill.CONVENTIONS`.
         overwrite_logits: writes the gradient over `student_logits` during forward (no gradient
             memory). Needs a scalar reduction; the logits are lost, and a second backward raises.
+            Gradients reach what the logits were computed from; of logits that are a view, torch
+            itself has none to give.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
 
     Returns:
