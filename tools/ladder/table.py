@@ -3,10 +3,12 @@
     rows = collect(tracked)      # {"triton forward jsd bf16 sm_90": {"registers": ...}, ...}
 
 A row of the compilers holds registers, spills, shared memory and occupancy of one kernel on one
-target; a row of the simulators holds the bytes that one kernel moves and their floor, the bytes of
-logits and gradient moved once. Rows are flat and keyed by one string, so that two tables differ by
-keys and values and nothing else. Every job has a process of its own: Triton decides at import
-whether it interprets or compiles, and only a few kernels' compilers should live at once.
+target; a row of the simulators holds the bytes that one kernel asks for and their floor, the bytes
+of logits and gradient moved once. The row `versions` names the compilers, and a row that ends in
+`proof` the sources that passed the full ladder (`proof.py`). Rows are flat and keyed by one string,
+so that two tables differ by keys and values and nothing else. Every job has a process of its own:
+Triton decides at import whether it interprets or compiles, and only a few kernels' compilers should
+live at once.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,7 @@ Table = dict[str, Row]
 DTYPES = ("fp32", "bf16")
 DIRECTIONS = ("forward", "backward")
 ROWS, VOCAB = 64, 32000
-# The simulators run every thread, so their rows are few and shorter.
-BYTES_ROWS, BYTES_VOCAB = 1, 4096
+BYTES_ROWS = 1  # the simulators run every thread
 
 
 def compiled_row(registers: int, spills: int, shared: int, occupancy: float) -> Row:
@@ -44,10 +45,32 @@ def compiled_row(registers: int, spills: int, shared: int, occupancy: float) -> 
     }
 
 
-def bytes_row(direction: str, moved: int, itemsize: int) -> Row:
-    streams = {"forward": 2, "backward": 3}[direction]
-    floor = streams * BYTES_ROWS * BYTES_VOCAB * itemsize
-    return {"bytes": moved, "floor": floor, "ratio": round(moved / floor, 3)}
+def bytes_row(direction: str, traffic: Mapping[str, int], itemsize: int) -> Row:
+    """`traffic` is every byte asked for, by tensor.
+
+    `logits` are those of student, teacher and gradient, `small` all others; a small number that
+    every thread of a block reads counts once a thread.
+    """
+    streams = ("student", "teacher", "grad")[: {"forward": 2, "backward": 3}[direction]]
+    stream = BYTES_ROWS * VOCAB * itemsize
+    logits, total = sum(traffic[name] for name in streams), sum(traffic.values())
+    return {
+        "logits": logits,
+        "small": total - logits,
+        "floor": len(streams) * stream,
+        "ratio": round(total / (len(streams) * stream), 3),
+        "sweeps": [round(traffic[name] / stream, 3) for name in streams],
+    }
+
+
+def versions() -> Row:
+    """The compilers that a table belongs to; without nvcc there is no entry for it."""
+    from importlib.metadata import version
+
+    from tools.ladder.cuda.nvcc import release
+
+    nvcc = release()
+    return {"triton": version("triton"), **({} if nvcc is None else {"nvcc": nvcc})}
 
 
 def _dtype(name: str) -> Any:
@@ -116,17 +139,17 @@ def triton_bytes() -> Table:
     rows: Table = {}
     for kind, spec in KINDS.items():
         alpha, beta = spec.alpha or 0.0, spec.beta or 0.0
-        options = Options(spec.id, 1.0, alpha, beta, False, 0.0, 0.0, BYTES_VOCAB)
+        options = Options(spec.id, 1.0, alpha, beta, False, 0.0, 0.0, VOCAB)
         for dtype in DTYPES:
             generator = torch.Generator().manual_seed(5)
             s, t = (
-                torch.randn(BYTES_ROWS, BYTES_VOCAB, generator=generator).to(_dtype(dtype))
+                torch.randn(BYTES_ROWS, VOCAB, generator=generator).to(_dtype(dtype))
                 for _ in range(2)
             )
             for direction in DIRECTIONS:
                 with strict() as meter:
                     _launch(direction, s, t, options)
-                moved = sum(buffer.loaded + buffer.stored for buffer in meter.bytes.values())
+                moved = {name: seen.loaded + seen.stored for name, seen in meter.bytes.items()}
                 key = f"triton {direction} {kind} {dtype} bytes"
                 rows[key] = bytes_row(direction, moved, s.dtype.itemsize)
     return rows
@@ -179,7 +202,7 @@ def cuda_bytes() -> Table:
         for dtype in DTYPES:
             generator = torch.Generator().manual_seed(5)
             s, t = (
-                torch.randn(BYTES_ROWS, BYTES_VOCAB, generator=generator).to(_dtype(dtype))
+                torch.randn(BYTES_ROWS, VOCAB, generator=generator).to(_dtype(dtype))
                 for _ in range(2)
             )
             with simulated(sim) as calls:
@@ -187,16 +210,18 @@ def cuda_bytes() -> Table:
                 loss.backward()
             for direction, call in zip(DIRECTIONS, calls, strict=True):
                 key = f"cuda {direction} {kind} {dtype} bytes"
-                rows[key] = bytes_row(direction, call.report.bytes_moved, s.dtype.itemsize)
+                moved = {name: seen.bytes_moved for name, seen in call.report.buffers.items()}
+                rows[key] = bytes_row(direction, moved, s.dtype.itemsize)
     return rows
 
 
 def collect(tracked: Table) -> Table:
-    """All rows, sorted; without nvcc the CUDA rows of `tracked` stand."""
+    """All rows, sorted; the proofs of `tracked` stand, and without nvcc its CUDA rows."""
     from tools.ladder.cuda.nvcc import TARGETS, find_nvcc
 
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
-    rows: Table = {}
+    rows: Table = {key: row for key, row in tracked.items() if key.endswith(" proof")}
+    rows["versions"] = tracked.get("versions", {}) | versions()
     if find_nvcc() is None:
         print("nvcc is not installed: the tracked CUDA rows are kept", file=sys.stderr)
         rows |= {key: row for key, row in tracked.items() if key.startswith("cuda ")}
@@ -230,14 +255,36 @@ def markdown(table: Table) -> str:
         "Written by `make ladder` from `tools/ladder/table.json`. No kernel ran on a GPU for it:",
         "compilers give registers and occupancy, simulators count bytes. A cell under a target is",
         "registers, occupancy and shared memory in bytes (Triton: temperature 1, no labels;",
-        "CUDA: static shared memory), and names the spills if there are any. Bytes moved are given",
-        f"over their floor, every logit read once and the gradient written once, for {BYTES_ROWS}",
-        f"row of {BYTES_VOCAB} logits.",
+        "CUDA: static shared memory), and names the spills if there are any.",
+        "",
+        "Bytes are all that the kernel's threads ask for, small tensors too, over their floor:",
+        "every logit read once and the gradient written once, for",
+        f"{BYTES_ROWS} row of {VOCAB} logits.",
+        "A forward that needs the normalisers before its terms reads twice; `adaptive_kl` also",
+        "searches the teacher's row for its head, and how often it reads a row stands in brackets.",
     ]
+    if "versions" in table:
+        named = (f"{name} {version}" for name, version in table["versions"].items())
+        lines += ["", f"Compilers: {', '.join(sorted(named))}."]
+    proofs = {key: row for key, row in table.items() if key.endswith(" proof")}
+    if proofs:
+        lines += [
+            "",
+            "The full ladder (`python -m tools.ladder --full`) passed on these sources: every case",
+            "agrees with the reference, and every mutant of every part fails a check that the",
+            "untouched kernel passes.",
+            "",
+            "| kernels | sources | cases | mutants, all killed |",
+            "| --- | --- | --- | --- |",
+        ]
+    for key, row in proofs.items():
+        mutants = ", ".join(f"{part} {count}" for part, count in sorted(row["mutants"].items()))
+        name = key.removesuffix(" proof")
+        lines.append(f"| `{name}` | `{row['sources']}` | {row['cases']} | {mutants} |")
     for backend in ("triton", "cuda"):
         cells: dict[str, dict[str, str]] = defaultdict(dict)
         for key, row in table.items():
-            if key.startswith(f"{backend} "):
+            if key.startswith(f"{backend} ") and key not in proofs:
                 name, column = key.removeprefix(f"{backend} ").rsplit(" ", 1)
                 cells[name][column] = _cell(row)
         columns = sorted({column for row in cells.values() for column in row} - {"bytes"})
@@ -255,7 +302,9 @@ def markdown(table: Table) -> str:
 
 def _cell(row: Row) -> str:
     if "ratio" in row:
-        return f"{row['ratio']:.3f}"
+        student, teacher = row["sweeps"][:2]
+        reads = f" (student {student:g}, teacher {teacher:g})" if row["ratio"] > 2.05 else ""
+        return f"{row['ratio']:.3f}{reads}"
     if not row["compiles"]:
         return "does not compile"
     cell = f"{row['registers']}, {row['occupancy']:.0%}, {row['shared']}"

@@ -53,6 +53,13 @@ def _version(nvcc: str) -> str:
     return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
 
+def release() -> str | None:
+    """nvcc's version, 13.0.88 say, or None without nvcc."""
+    nvcc = find_nvcc()
+    found = re.search(r"\bV([\d.]+)", _version(nvcc)) if nvcc else None
+    return found[1] if found else None
+
+
 def compile_cubin(
     source: str | os.PathLike[str],
     arch: str,

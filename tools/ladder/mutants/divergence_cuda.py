@@ -1,4 +1,4 @@
-"""Mutants of `divergence`'s CUDA kernels, by file, and the check that kills them.
+"""Mutants of `divergence`'s CUDA kernels, by part, and the check that kills them.
 
 The check runs rows of more than one tile a thread, near-equal and unlike ones, ties, infinities and
 flags under cusim with its memory hooks, compares losses, gradients and statistics with the fp64
@@ -20,112 +20,130 @@ from tools.ladder.cuda.divergence import SOURCE, simulated
 from tools.ladder.cuda.sim import CudaSim
 from tools.ladder.mutation import Mutant
 
-MUTANTS: dict[str, list[Mutant]] = {
-    "divergence.cu": [
-        # forward
-        Mutant(
-            "!call.counted[index]) return write_constant",
-            "call.counted[index]) return write_constant",
-        ),
-        Mutant("student_row < call.student_count &&", "student_row <= call.student_count &&"),
-        Mutant("teacher_row < call.teacher_count;", "teacher_row <= call.teacher_count;"),
-        Mutant("call.labels[pair] < call.vocab", "call.labels[pair] <= call.vocab"),
-        Mutant("hot = hard && pair.temperature != 1.0f", "hot = false"),
-        Mutant("!(seen.z_s > 0.0f && seen.z_t > 0.0f)", "false"),
-        Mutant("done = infinite ||", "done = true ||"),
-        Mutant("if (infinite) row = {INFINITY, kKind == kForwardKl ? 0.0f : NAN};", ""),
-        Mutant("kKind == kForwardKl ? 0.0f : NAN", "0.0f"),
-        Mutant("total.head_error / total.error", "total.error / (total.error + total.head_error)"),
-        Mutant("pair.params.share = w;", ""),
-        Mutant(
-            "pair.temperature * pair.temperature : 1.0f;\n  float loss",
-            "pair.temperature : 1.0f;\n  float loss",
-        ),
-        Mutant("(lse - to_float(rows.student[", "(logz_one - to_float(rows.student["),
-        Mutant(
-            "call.z_loss * lse * lse + (1.0f - call.label_weight) * loss",
-            "call.z_loss * lse * lse + loss",
-        ),
-        Mutant(
-            "make_float4(seen.max_s, logz_s, seen.max_t, logz_t)",
-            "make_float4(seen.max_s, logz_t, seen.max_t, logz_s)",
-        ),
-        # statistics
-        Mutant("add[2] += fminf(x.p, x.q);", "add[2] += fmaxf(x.p, x.q);"),
-        Mutant(
-            "-static_cast<float>(rows.start(tile) + i)",
-            "static_cast<float>(rows.start(tile) + i)",
-        ),
-        # backward
-        Mutant("last = call.row_start[row + 1];", "last = first + 1;"),
-        Mutant("&& call.grad_rows[pair_at(first)] == 0.0f) ++first;", "&& false) ++first;"),
-        Mutant("if (call.grad_rows[pair_at(i)] == 0.0f) continue;", ""),
-        Mutant("rows.aim(slope.teacher);", ""),
-        Mutant("slope.soft * (pull - x.q * slope.centre)", "slope.soft * pull"),
-        Mutant("slope.soft *= 1.0f - call.label_weight;", ""),
-        Mutant("if (j == slope.label) gradient -= slope.at_label;", ""),
-        Mutant("2.0f * upstream * call.z_loss", "upstream * call.z_loss"),
-        Mutant("slope.poisoned = isnan(slope.centre);", ""),
-        Mutant("if (j < rows.vocab) sum[e] += gradient;", "sum[e] += gradient;"),
-        Mutant("upstream * t2 / pair.temperature", "upstream * t2"),
-        Mutant(
-            "store_tile(grad, rows.start(tile), columns, wide, sum);",
-            "store_tile(grad, rows.start(tile), rows.vocab, wide, sum);",
-        ),
-        Mutant("is_wide_aligned(grad + rows.origin)", "true"),
-        Mutant("if (row < 0 || row >= call.student_count) return;", ""),
-    ],
-    "divergence.cuh": [
-        Mutant("origin(tile_origin(s))", "origin(0)"),
-        Mutant("origin * size) % sizeof(uint4) == 0;", "origin * size) % sizeof(uint4) != 1;"),
-        Mutant("seen.z_t *= shrink_t;", ""),
-        Mutant("seen.d_sum *= kReverse ? shrink_s : shrink_t;", ""),
-        Mutant("if (hot) seen.z_one *= exp2f(kLog2E * (seen.max_s - max_s));", ""),
-        Mutant(
-            "scale = exp2f(fmaf(k2, kReverse ? max_t - max_s : max_s - max_t, seen.guess));",
-            "",
-        ),
-        Mutant("if (kKl && tile < kBlock)", "if (kKl && true)"),
-        Mutant("seen.guess = kReverse ? -guess : guess;", "seen.guess = 0.0f * guess;"),
-        Mutant("tile += kBlock;\n  } while", "tile += kBlock + 1;\n  } while"),
-        Mutant("taken <= 8.0f * value || a < 1e-11f", "true"),
-        Mutant("kReverse ? value + error : -error", "kReverse ? value : 0.0f"),
-        Mutant("value > 0.05f * touched", "true"),
-        Mutant("t > value || (t == value && j <= last_tie)", "t >= value"),
-        Mutant("if (above == 0.0f) ties = fmaxf(ties, 1.0f);", ""),
-        Mutant("if (mass[c] > half) {", "if (mass[c] > 0.5f * half) {"),
-        Mutant("for (int i = base; before < m; ++i)", "for (int i = base; before < m - 1; ++i)"),
-        Mutant("before += here;", ""),
-        Mutant("total.no_p = apart[1] == INFINITY;", "total.no_p = false;"),
-        Mutant(
-            "const bool absent = t == -INFINITY && s == -INFINITY;",
-            "const bool absent = false;",
-        ),
-    ],
-    "divergence-kinds.cuh": [
-        Mutant("-1.0f / 6);", "-1.0f / 5);"),
-        Mutant(
-            "(weight > 0.0f ? weight * x : 0.0f) - weight + other",
-            "weight * x - weight + other",
-        ),
-        Mutant("d > 0.0f ? -p * e : q * e", "d > 0.0f ? -q * e : p * e"),
-        Mutant("d > 0.0f ? 1.0f - share : share", "d > 0.0f ? share : 1.0f - share"),
-        Mutant("x.gap == 0.0f ? 0.0f : copysignf(1.0f, -x.gap)", "copysignf(1.0f, -x.gap)"),
-        Mutant("return {0.5f * fabsf(x.gap)", "return {fabsf(x.gap)"),
-        Mutant("(1.0f - a) * (1.0f - a)", "(1.0f - a)"),
-        Mutant("times(x.q, to_q) + a * (1.0f - a)", "times(x.q, to_q) + a"),
-        Mutant("larger * (p_larger ? (1.0f + e) * e : -e)", "larger * (p_larger ? e : -e)"),
-        Mutant("-(value + 2.0f * x.gap)", "-(value + x.gap)"),
-        Mutant("x.d > 0.0f ? e : 1.0f, 1.0f + e", "x.d > 0.0f ? 1.0f : e, 1.0f + e"),
-        Mutant("b <= 0.0f || a + b <= 0.0f", "b < 0.0f || a + b < 0.0f"),
-        Mutant("return b > 0.0f && b < 1.0f;", "return b > 0.0f && b <= 1.0f;"),
-        Mutant(
-            "a / s * phi_small(-s * x.d) - phi_small(-step)",
-            "phi_small(-s * x.d) - phi_small(-step)",
-        ),
-        Mutant("term.pull = -above / a;", "term.pull = -above;"),
-    ],
+FORWARD = [
+    Mutant(
+        "!call.counted[index]) return write_constant",
+        "call.counted[index]) return write_constant",
+    ),
+    Mutant("student_row < call.student_count &&", "student_row <= call.student_count &&"),
+    Mutant("teacher_row < call.teacher_count;", "teacher_row <= call.teacher_count;"),
+    Mutant("call.labels[pair] < call.vocab", "call.labels[pair] <= call.vocab"),
+    Mutant("hot = hard && pair.temperature != 1.0f", "hot = false"),
+    Mutant("!(seen.z_s > 0.0f && seen.z_t > 0.0f)", "false"),
+    Mutant("done = infinite ||", "done = true ||"),
+    Mutant("if (infinite) row = {INFINITY, kKind == kForwardKl ? 0.0f : NAN};", ""),
+    Mutant("kKind == kForwardKl ? 0.0f : NAN", "0.0f"),
+    Mutant("total.head_error / total.error", "total.error / (total.error + total.head_error)"),
+    Mutant("pair.params.share = w;", ""),
+    Mutant(
+        "pair.temperature * pair.temperature : 1.0f;\n  float loss",
+        "pair.temperature : 1.0f;\n  float loss",
+    ),
+    Mutant("(lse - to_float(rows.student[", "(logz_one - to_float(rows.student["),
+    Mutant(
+        "call.z_loss * lse * lse + (1.0f - call.label_weight) * loss",
+        "call.z_loss * lse * lse + loss",
+    ),
+    Mutant(
+        "make_float4(seen.max_s, logz_s, seen.max_t, logz_t)",
+        "make_float4(seen.max_s, logz_t, seen.max_t, logz_s)",
+    ),
+]
+STATISTICS = [
+    Mutant("add[2] += fminf(x.p, x.q);", "add[2] += fmaxf(x.p, x.q);"),
+    Mutant(
+        "-static_cast<float>(rows.start(tile) + i)",
+        "static_cast<float>(rows.start(tile) + i)",
+    ),
+    Mutant("add[0] -= times(x.q, x.log2_q);", "add[0] -= times(x.p, x.log2_q);"),
+    Mutant("add[1] -= times(x.p, x.log2_p);", "add[1] -= times(x.p, x.log2_q);"),
+    Mutant("sums[i] += add[i];", "sums[i] = add[i];"),
+    Mutant("if (t[i] == saved.z)", "if (t[i] == saved.x)"),
+    Mutant("block_reduce_each<kBlock>(first, Max{}, scratch);", ""),
+    Mutant("fmaf(k, saved.x, saved.y)", "fmaf(1.0f, saved.x, saved.y)"),
+    Mutant("fmaf(k, saved.z, saved.w)", "fmaf(k, saved.z, saved.y)"),
+    Mutant("kLn2 * sums[0]", "sums[0]"),
+    Mutant("|| isnan(saved.x)) {", ") {"),
+]
+BACKWARD = [
+    Mutant("last = call.row_start[row + 1];", "last = first + 1;"),
+    Mutant("&& call.grad_rows[pair_at(first)] == 0.0f) ++first;", "&& false) ++first;"),
+    Mutant("if (call.grad_rows[pair_at(i)] == 0.0f) continue;", ""),
+    Mutant("rows.aim(slope.teacher);", ""),
+    Mutant("slope.soft * (pull - x.q * slope.centre)", "slope.soft * pull"),
+    Mutant("slope.soft *= 1.0f - call.label_weight;", ""),
+    Mutant("if (j == slope.label) gradient -= slope.at_label;", ""),
+    Mutant("2.0f * upstream * call.z_loss", "upstream * call.z_loss"),
+    Mutant("slope.poisoned = isnan(slope.centre);", ""),
+    Mutant("if (j < rows.vocab) sum[e] += gradient;", "sum[e] += gradient;"),
+    Mutant("upstream * t2 / pair.temperature", "upstream * t2"),
+    Mutant(
+        "store_tile(grad, rows.start(tile), columns, wide, sum);",
+        "store_tile(grad, rows.start(tile), rows.vocab, wide, sum);",
+    ),
+    Mutant("is_wide_aligned(grad + rows.origin)", "true"),
+    Mutant("if (row < 0 || row >= call.student_count) return;", ""),
+]
+SWEEPS = [
+    Mutant("origin(tile_origin(s))", "origin(0)"),
+    Mutant("origin * size) % sizeof(uint4) == 0;", "origin * size) % sizeof(uint4) != 1;"),
+    Mutant("seen.z_t *= shrink_t;", ""),
+    Mutant("seen.d_sum *= kReverse ? shrink_s : shrink_t;", ""),
+    Mutant("if (hot) seen.z_one *= exp2f(kLog2E * (seen.max_s - max_s));", ""),
+    Mutant(
+        "scale = exp2f(fmaf(k2, kReverse ? max_t - max_s : max_s - max_t, seen.guess));",
+        "",
+    ),
+    Mutant("if (kKl && tile < kBlock)", "if (kKl && true)"),
+    Mutant("seen.guess = kReverse ? -guess : guess;", "seen.guess = 0.0f * guess;"),
+    Mutant("tile += kBlock;\n  } while", "tile += kBlock + 1;\n  } while"),
+    Mutant("taken <= 8.0f * value || a < 1e-11f", "true"),
+    Mutant("kReverse ? value + error : -error", "kReverse ? value : 0.0f"),
+    Mutant("value > 0.05f * touched", "true"),
+    Mutant("t > value || (t == value && j <= last_tie)", "t >= value"),
+    Mutant("if (above == 0.0f) ties = fmaxf(ties, 1.0f);", ""),
+    Mutant("if (mass[c] > half) {", "if (mass[c] > 0.5f * half) {"),
+    Mutant("for (int i = base; before < m; ++i)", "for (int i = base; before < m - 1; ++i)"),
+    Mutant("before += here;", ""),
+    Mutant("total.no_p = apart[1] == INFINITY;", "total.no_p = false;"),
+    Mutant(
+        "const bool absent = t == -INFINITY && s == -INFINITY;",
+        "const bool absent = false;",
+    ),
+]
+TERMS = [
+    Mutant("-1.0f / 6);", "-1.0f / 5);"),
+    Mutant(
+        "(weight > 0.0f ? weight * x : 0.0f) - weight + other",
+        "weight * x - weight + other",
+    ),
+    Mutant("d > 0.0f ? -p * e : q * e", "d > 0.0f ? -q * e : p * e"),
+    Mutant("d > 0.0f ? 1.0f - share : share", "d > 0.0f ? share : 1.0f - share"),
+    Mutant("x.gap == 0.0f ? 0.0f : copysignf(1.0f, -x.gap)", "copysignf(1.0f, -x.gap)"),
+    Mutant("return {0.5f * fabsf(x.gap)", "return {fabsf(x.gap)"),
+    Mutant("(1.0f - a) * (1.0f - a)", "(1.0f - a)"),
+    Mutant("times(x.q, to_q) + a * (1.0f - a)", "times(x.q, to_q) + a"),
+    Mutant("larger * (p_larger ? (1.0f + e) * e : -e)", "larger * (p_larger ? e : -e)"),
+    Mutant("-(value + 2.0f * x.gap)", "-(value + x.gap)"),
+    Mutant("x.d > 0.0f ? e : 1.0f, 1.0f + e", "x.d > 0.0f ? 1.0f : e, 1.0f + e"),
+    Mutant("b <= 0.0f || a + b <= 0.0f", "b < 0.0f || a + b < 0.0f"),
+    Mutant("return b > 0.0f && b < 1.0f;", "return b > 0.0f && b <= 1.0f;"),
+    Mutant(
+        "a / s * phi_small(-s * x.d) - phi_small(-step)",
+        "phi_small(-s * x.d) - phi_small(-step)",
+    ),
+    Mutant("term.pull = -above / a;", "term.pull = -above;"),
+]
+PARTS = {
+    "forward": FORWARD,
+    "statistics": STATISTICS,
+    "backward": BACKWARD,
+    "sweeps": SWEEPS,
+    "kinds": TERMS,
 }
+# The file that each part breaks.
+FILES = dict.fromkeys(("forward", "statistics", "backward"), "divergence.cu")
+FILES |= {"sweeps": "divergence.cuh", "kinds": "divergence-kinds.cuh"}
 
 
 def build(source: Path) -> CudaSim:

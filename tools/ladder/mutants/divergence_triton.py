@@ -93,6 +93,7 @@ NUMERICS = [
     Mutant("(w - (u - 1.0)) / u", "0.0 * w"),
     Mutant("tl.where(x == 0.0, 0.0, x)", "x"),
 ]
+PARTS = {"forward": FORWARD, "backward": BACKWARD, "kinds": KINDS, "numerics": NUMERICS}
 
 
 def check_kernels(module: ModuleType) -> None:

@@ -1,0 +1,60 @@
+"""The record of the full ladder: when it is given, and what it depends on."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.ladder import proof
+from tools.ladder.mutants import divergence_cuda, divergence_triton
+
+pytestmark = pytest.mark.ladder
+
+
+@pytest.mark.parametrize("failing", [None, "first", "last"])
+def test_one_failure_gives_no_record(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def run(test: str) -> bool:
+        ran.append(test)
+        return test != failing
+
+    monkeypatch.setattr(proof, "_test_functions", lambda: ["first", "middle", "last"])
+    monkeypatch.setattr(proof, "_run", run)
+    assert proof.climb() == (proof.records() if failing is None else None)
+    assert sorted(ran) == ["first", "last", "middle"]
+
+
+def test_sources_that_change_meanwhile_give_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = iter([{"a": {"sources": "1"}}, {"a": {"sources": "2"}}])
+    monkeypatch.setattr(proof, "_test_functions", lambda: [])
+    monkeypatch.setattr(proof, "records", lambda: next(versions))
+    assert proof.climb() is None
+
+
+def test_the_full_ladder_has_cases_and_mutants_of_both_backends() -> None:
+    names = {test.rpartition("/")[2] for test in proof._test_functions()}
+    assert names >= {
+        "test_cuda_divergence.py::test_every_case",
+        "test_cuda_divergence.py::test_mutants_die",
+        "test_triton_divergence.py::test_table",
+        "test_triton_divergence_mutants.py::test_all_mutants_die",
+    }
+
+
+def test_every_kernel_has_ten_mutants() -> None:
+    for parts in (divergence_triton.PARTS, divergence_cuda.PARTS):
+        for part, mutants in parts.items():
+            assert len(set(mutants)) == len(mutants)
+            assert len(mutants) >= 10 or part == "numerics"  # helpers, no kernel
+
+
+def test_fingerprint_sees_names_and_contents(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(proof, "ROOT", tmp_path)
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("text")
+    two.write_text("text")
+    both = proof.fingerprint([one, two])
+    assert both == proof.fingerprint([two, one])
+    assert len({both, proof.fingerprint([one]), proof.fingerprint([two])}) == 3
+    two.write_text("other text")
+    assert proof.fingerprint([one, two]) != both

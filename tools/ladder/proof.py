@@ -1,0 +1,92 @@
+"""The full ladder: every case and every mutant, and the record that it was climbed.
+
+    rows = climb()       # None unless all tests marked ladder_full pass; minutes on two cores
+    rows == records()    # {"cuda divergence proof": {"sources": "3f..", "cases": 351, ...}, ...}
+
+The full ladder is every test function that has cases or mutants marked `ladder_full`, with all its
+parameters; two functions run at a time. A record names by hash the sources of the kernels and of
+their mutants, so that a changed kernel does not keep the proof of the old one; it counts the cases
+of the table and the mutants of each part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests" / "ladder"
+MUTANTS = Path(__file__).with_name("mutants")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
+
+
+def climb() -> dict[str, dict[str, Any]] | None:
+    """Runs the full ladder's tests and prints their reports; the records if all pass."""
+    before = records()
+    with ThreadPoolExecutor(2) as pool:
+        passed = all(list(pool.map(_run, _test_functions())))
+    if records() != before:
+        print("the kernels' sources changed while their tests ran", file=sys.stderr)
+        return None
+    return before if passed else None
+
+
+def _test_functions() -> list[str]:
+    command = [*PYTEST, "ladder_full", "--collect-only", str(TESTS)]
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    tests = (line.partition("[")[0] for line in listing.splitlines() if "::" in line)
+    return list(dict.fromkeys(tests))
+
+
+def _run(test: str) -> bool:
+    start = time.monotonic()
+    command = [*PYTEST, "ladder or ladder_full", test]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    report = done.stdout.splitlines()[-1:] if done.returncode == 0 else [done.stdout, done.stderr]
+    print(f"{test}, {time.monotonic() - start:.0f} s:", *report, flush=True)
+    return done.returncode == 0
+
+
+def records() -> dict[str, dict[str, Any]]:
+    """What a full climb of the present sources proves."""
+    from pydistill.testing.cases import load
+    from tools.ladder.mutants import divergence_cuda, divergence_triton
+
+    cases = sum(not case.marks & {"slow", "bench"} for case in load("divergence"))
+    kernels, csrc = ROOT / "kernels", ROOT / "csrc" / "cuda"
+    return {
+        "triton divergence proof": {
+            "sources": fingerprint(
+                [
+                    kernels / "divergence.py",
+                    *(kernels / "_common").glob("*.py"),
+                    MUTANTS / "divergence_triton.py",
+                ]
+            ),
+            "cases": cases,
+            "mutants": {name: len(mutants) for name, mutants in divergence_triton.PARTS.items()},
+        },
+        "cuda divergence proof": {
+            "sources": fingerprint(
+                [
+                    *(path for path in csrc.iterdir() if path.suffix in (".cu", ".cuh", ".h")),
+                    MUTANTS / "divergence_cuda.py",
+                ]
+            ),
+            "cases": cases,
+            "mutants": {name: len(mutants) for name, mutants in divergence_cuda.PARTS.items()},
+        },
+    }
+
+
+def fingerprint(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
