@@ -1,9 +1,10 @@
-"""`python -m tools.ladder [--check] [--full]`: what every GPU kernel costs, without a GPU.
+"""`python -m tools.ladder [--check] [--full | --changed]`: a GPU kernel's cost, without a GPU.
 
 Writes tools/ladder/table.json and docs/ladder.md. With --full it first runs the ladder's tests on
-every case and every mutant, about ten minutes on two cores, and records in the table that these
-kernels passed. With --check it writes nothing, prints the rows that differ from the tracked table,
-among them the proof of a kernel that has changed since, and exits with 1 if there are any.
+every case and every mutant, and records in the table that these kernels passed; with --changed only
+if the tracked records are of other kernels. With --check it writes nothing, prints the rows that
+differ from the tracked table, among them the records of kernels that have changed since, and exits
+with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from tools.ladder.table import JSON, MARKDOWN, ROOT, Table, collect, differences
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.ladder", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the tracked table")
-    parser.add_argument("--full", action="store_true", help="run the ladder's full tests first")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help="run the ladder's full tests first")
+    which.add_argument("--changed", action="store_true", help="the same, if the kernels changed")
     arguments = parser.parse_args()
 
     tracked: Table = json.loads(JSON.read_text()) if JSON.exists() else {}
     failed = False
     proofs: Table | None = None
-    if arguments.full:
+    stale = any(tracked.get(key) != row for key, row in records().items())
+    if arguments.full or (arguments.changed and stale):
         proofs = climb()
         failed = proofs is None
     found = collect(tracked) | (proofs or {})
