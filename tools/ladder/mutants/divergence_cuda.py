@@ -233,6 +233,7 @@ def check_long_rows(sim: CudaSim) -> None:
     tied = torch.randn(2, 2, 300).clamp(max=2.0)  # [side, row]: equal maxima, the lowest counts
     tied[0, 0, [7, 200]] = tied[1, 0, [7, 100]] = 5.0
     tied[0, 1, [100, 250]] = tied[1, 1, [7, 250]] = 5.0
+    tied[1] += 1.0  # each side has a maximum of its own
     with simulated(sim):
         got = divergence_with_stats(tied[0], tied[1], reduction="none", impl="cuda")
     assert got.argmax_agreement.tolist() == [1.0, 0.0]
