@@ -30,6 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--rounds", type=int, help=f"interleaved rounds ({ROUNDS}; {QUICK_ROUNDS} with --quick)"
     )
+    group.addoption(
+        "--retries", type=int, default=0, help="how often a void case is measured again (0)"
+    )
     group.addoption("--threads", type=int, help="torch threads (torch's own default)")
 
 
@@ -115,7 +118,7 @@ def _measure(case: harness.Case, options: Any) -> harness.Result | Exception:
 
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     try:
-        return harness.measure(case, rounds=rounds, tell=tell)
+        return harness.measure_again(case, options.retries, rounds=rounds, tell=tell)
     except Exception as error:  # raised again by every contestant of the case
         return error
     finally:

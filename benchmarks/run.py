@@ -23,6 +23,9 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="few rows and rounds: a check, no measurement"
     )
     out.add_argument("--rounds", type=int, help="interleaved rounds")
+    out.add_argument(
+        "--retries", type=int, default=0, help="how often a void case is measured again (0)"
+    )
     out.add_argument("--threads", type=int, help="torch threads (torch's own default)")
     out.add_argument(
         "--memory", action="store_true", help="also peak extra memory, a process a contestant"
@@ -92,6 +95,7 @@ def _measure(options: argparse.Namespace, path: Path) -> int:
     ]
     command += ["--quick"] if options.quick else []
     command += [f"--rounds={options.rounds}"] if options.rounds else []
+    command += [f"--retries={options.retries}"] if options.retries else []
     command += [f"--threads={options.threads}"] if options.threads else []
     command += ["-k", options.k] if options.k else []
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

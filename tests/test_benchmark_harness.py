@@ -15,7 +15,16 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import memory, report, roof, run  # noqa: E402
-from benchmarks.harness import Case, Claim, Contestant, Gate, Result, Step, measure  # noqa: E402
+from benchmarks.harness import (  # noqa: E402
+    Case,
+    Claim,
+    Contestant,
+    Gate,
+    Result,
+    Step,
+    measure,
+    measure_again,
+)
 
 QUIET_RATES = {"add": 20.0, "copy": 10.0, "mm_fp32": 200.0, "mm_bf16": 1000.0}
 
@@ -94,6 +103,31 @@ def test_the_contestants_take_turns() -> None:
     world.measure(a_case(world))
     turn = ["refresh ours", "ours", "refresh eager", "eager", "refresh floor", "floor"]
     assert world.log == [*turn, "roof", *turn, *turn, *turn, "roof"]
+
+
+@pytest.mark.parametrize(("retries", "disturbed", "runs"), [(0, 2, 1), (3, 2, 3), (1, 2, 2)])
+def test_a_void_case_is_measured_again(retries: int, disturbed: int, runs: int) -> None:
+    """Until its roofs are those of a quiet machine, or the retries are used up."""
+    seen: list[bool] = []
+
+    def take() -> roof.Roof:
+        low = len(seen) < 2 * disturbed  # two roofs a run
+        seen.append(low)
+        return roof.Roof({m: rate / 2 if low else rate for m, rate in QUIET_RATES.items()})
+
+    world = World()
+    times = [9.0] * (4 * runs)
+    case = Case(
+        "case", bytes=1.0, flops=1.0, inputs=lambda: None,
+        contestants=(world.contestant("floor", times, role="floor"),),
+    )  # fmt: skip
+    result = measure_again(
+        case, retries, rounds=2, warmup=1, clock=world.clock, take_roof=take,
+        update_quiet=lambda _: roof.Quiet("a machine", dict(QUIET_RATES), []),
+    )  # fmt: skip
+    assert len(seen) == 2 * runs
+    assert bool(result.void()) == (runs <= disturbed)
+    assert result.notes.get("void runs before this one") == (str(runs - 1) if runs > 1 else None)
 
 
 def test_only_the_run_itself_is_timed() -> None:
