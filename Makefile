@@ -9,7 +9,7 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip --disable-p
 EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
-.PHONY: demo test ctest sanitize build build-testing bench ladder lint format docs room new-op clean
+.PHONY: demo test ctest sanitize build build-testing bench ladder ladder-full lint format docs room new-op clean
 .DELETE_ON_ERROR:
 
 demo: build $(VENV)/hf.stamp $(VENV)/model.stamp
@@ -39,6 +39,10 @@ bench: build $(VENV)/bench.stamp
 
 ladder: build $(VENV)/triton.stamp
 	$(BIN)/python -m tools.ladder
+
+# Every case and every mutant first, and a record of the kernels that passed.
+ladder-full: build $(VENV)/triton.stamp
+	$(BIN)/python -m tools.ladder --full
 
 lint: $(VENV)/triton.stamp
 	$(BIN)/ruff check
