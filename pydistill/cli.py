@@ -166,7 +166,9 @@ def _ops(options: argparse.Namespace) -> int:
     found = {
         name: {
             "kernels": list(op.kernels),
-            "kinds": list(getattr(importlib.import_module(f"pydistill.reference.{name}"), "KINDS", ())),
+            "kinds": list(
+                getattr(importlib.import_module(f"pydistill.reference.{name}"), "KINDS", ())
+            ),
             "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in op.dtypes),
             "backends": [b for b in _registry.BACKENDS if _registry.has_kernel(op.kernels[0], b)],
         }
