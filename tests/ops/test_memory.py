@@ -11,6 +11,7 @@ from torch import Tensor
 from pydistill import divergence
 from pydistill.ops import _memory
 
+OP = "divergence"
 ROWS, VOCAB = 64, _memory.LEAST // 4 // 64
 
 
@@ -69,14 +70,14 @@ def test_freed_by_another_thread() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_successive_steps(dtype: torch.dtype) -> None:
+def test_gradients_of_successive_steps(dtype: torch.dtype, kernel_impl: str) -> None:
     """The same gradient from fresh memory, from kept memory, and while the last one still lives."""
     student, teacher = torch.randn(2, 2 * ROWS, VOCAB).to(dtype).unbind()
     rows = torch.tensor([0, 1, 2 * ROWS - 1])
 
     def gradient() -> Tensor:
         leaf = student.detach().requires_grad_()
-        loss = divergence(leaf, teacher, student_rows=rows, teacher_rows=rows)
+        loss = divergence(leaf, teacher, student_rows=rows, teacher_rows=rows, impl=kernel_impl)
         return torch.autograd.grad(loss, leaf)[0]
 
     first = gradient()
