@@ -10,12 +10,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks import memory, report, roof, run  # noqa: E402
-from benchmarks.harness import (  # noqa: E402
+from benchmarks import memory, report, roof, run
+from benchmarks.harness import (
     Case,
     Claim,
     Contestant,
@@ -26,6 +22,7 @@ from benchmarks.harness import (  # noqa: E402
     measure_again,
 )
 
+ROOT = Path(__file__).parents[1]
 QUIET_RATES = {"add": 20.0, "copy": 10.0, "mm_fp32": 200.0, "mm_bf16": 1000.0}
 
 

@@ -97,13 +97,15 @@ double HeadShare(Row& s, Row& t, int64_t vocab, const Constants& at, float* scra
   fit = more > fit ? more : fit;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
+    const float* bs = nullptr;
     V sum = Set(0);
     for (int64_t i = 0; i < padded; i += kLanes) {
       const V x = Load(p + begin + i);
       const M over = Lt(Set(edge), x);
       const unsigned on_edge = Bits(Eq(x, Set(edge)));
       if (Bits(over) == 0 && on_edge == 0) continue;  // the head is a few tokens
-      const V error = Abs(x - at.Q(Load(s.Block(begin, n) + i)));
+      if (bs == nullptr) bs = s.Block(begin, n);
+      const V error = Abs(x - at.Q(Load(bs + i)));
       sum = sum + Where(over, error);
       for (unsigned bits = on_edge; bits && fit > 0; bits &= bits - 1, --fit) {
         float lanes[kLanes];

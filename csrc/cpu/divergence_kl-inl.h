@@ -58,6 +58,13 @@ struct Kept {
 // Below this a KL is summed by its Bregman terms; above, the plain sum of p d is as exact.
 constexpr double kSmallKl = 0.05;
 
+// Whether a KL summed plainly kept its digits: t - s is off by 6e-8 C, which may be 1e-6 of
+// sqrt(2 KL).
+inline bool PlainIsExact(double kl, double c) {
+  const double rounding = 0.06 * c;
+  return kl >= kSmallKl && kl >= 0.5 * rounding * rounding;
+}
+
 // What KlSweep adds up over a block: normalisers, and sums of e d0 and e phi(d0) from either side.
 struct KlSums {
   float z_s, z_t, plain_pq, fine_pq, plain_qp, fine_qp, low, high;
@@ -222,8 +229,7 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
       if (usable) kl = fine;
       kept &= usable && lost <= 8 * kl;
     } else {
-      const double rounding = 0.06 * centre;  // t - s is off by 6e-8 centre: 1e-6 of sqrt(2 KL)?
-      kept &= kl >= kSmallKl && kl >= 0.5 * rounding * rounding;
+      kept &= PlainIsExact(kl, centre);
     }
     return kl > 0 ? kl : (kl <= 0 ? 0.0 : kl);
   };
@@ -239,9 +245,7 @@ inline bool Normalise(Row& s, Row& t, int64_t vocab, Pair& pair) {
   } else {
     KlSweep<true, true, false>(s, t, vocab, 0.0f, pair);
   }
-  const double rounding = 0.06 * pair.LogRatio();
-  const double kl = pair.kl_pq < pair.kl_qp ? pair.kl_pq : pair.kl_qp;
-  return kl >= kSmallKl && kl >= 0.5 * rounding * rounding;
+  return PlainIsExact(pair.kl_pq < pair.kl_qp ? pair.kl_pq : pair.kl_qp, pair.LogRatio());
 }
 
 // The KLs of a row. Its first columns tell where C is and whether the plain form will do; a guess

@@ -14,16 +14,9 @@ lines of `pytest_configure`; a second installation in one session is ignored. Ma
 tests may share a file, but kernels must not be launched while the file is imported.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = str(Path(__file__).resolve().parents[2])
-if ROOT not in sys.path:
-    sys.path.insert(0, ROOT)
-
-from tools.ladder import isolation  # noqa: E402
+from tools.ladder import isolation
 
 
 def pytest_configure(config: pytest.Config) -> None:

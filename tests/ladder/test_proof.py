@@ -34,10 +34,10 @@ def test_sources_that_change_meanwhile_give_no_record(monkeypatch: pytest.Monkey
 def test_the_full_ladder_has_cases_and_mutants_of_both_backends() -> None:
     names = {test.rpartition("/")[2] for test in proof._test_functions()}
     assert names >= {
-        "test_cuda_divergence.py::test_every_case",
-        "test_cuda_divergence.py::test_mutants_die",
-        "test_triton_divergence.py::test_table",
-        "test_triton_divergence_mutants.py::test_all_mutants_die",
+        "test_divergence_cuda.py::test_every_case",
+        "test_divergence_cuda.py::test_mutants_die",
+        "test_divergence_triton.py::test_table",
+        "test_divergence_triton_mutants.py::test_all_mutants_die",
     }
 
 
