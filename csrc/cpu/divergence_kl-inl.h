@@ -267,6 +267,6 @@ void Kl(Row& s, Row& t, int64_t vocab, Pair& pair, const Kept& exps = {}) {
                         : KlSweep<kPq, kQp, false, kKeep, true>(s, t, vocab, c0, pair, exps);
   c = pair.LogRatio();
   if (kept || !std::isfinite(c) || (kPq && pair.NoQ()) || (kQp && pair.NoP())) return;
-  pair = Pair{.k = k, .true_max = pair.true_max};
+  pair.z_s = pair.z_t = 0;  // the maxima and extremes stand
   KlSweep<kPq, kQp, true, kKeep>(s, t, vocab, static_cast<float>(c), pair, exps);
 }
