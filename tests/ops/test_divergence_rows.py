@@ -204,6 +204,26 @@ def test_gradient_of_a_row_sums_to_zero(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_of_a_maximum_far_from_the_beginning(
+    kind: str, dtype: torch.dtype, each_cpu: str
+) -> None:
+    """The arg-max needs the maximum itself: here it is a little above the first columns', so that
+    nothing else would miss it; the first two rows agree on it."""
+    student, teacher = (2 * torch.randn(2, 4, 5120)).clamp(max=5.0).unbind()
+    student[:, 4500] = teacher[:2, 4500] = 7.0
+    teacher[2:, 3000] = 7.0
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    got = divergence_with_stats(student, teacher, kind, reduction="none", impl=each_cpu)
+    want = divergence_with_stats(
+        student.double(), teacher.double(), kind, reduction="none", impl="reference"
+    )
+    assert got.argmax_agreement.tolist() == [1.0, 1.0, 0.0, 0.0]
+    for name in want._fields[1:]:
+        close(getattr(got, name).double(), getattr(want, name), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # chi2 is beyond fp32 here, and adaptive_kl's head may end one token earlier.
 @pytest.mark.parametrize("kind", [k for k in BOUNDED if k != "adaptive_kl"] + ["alpha_beta"])
 @pytest.mark.parametrize("rise", [20.0, 70.0, 95.0, 3000.0, -3000.0])
