@@ -71,6 +71,7 @@ def test_tracked_text_is_canonical() -> None:
     table = json.loads(JSON.read_text())
     assert JSON.read_text() == json.dumps(table, indent=1, sort_keys=True) + "\n"
     assert MARKDOWN.read_text() == markdown(table)
+    assert markdown(dict(reversed(table.items()))) == markdown(table)
 
 
 def test_differences_name_new_gone_and_changed_rows() -> None:

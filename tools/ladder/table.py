@@ -266,7 +266,7 @@ def markdown(table: Table) -> str:
     if "versions" in table:
         named = (f"{name} {version}" for name, version in table["versions"].items())
         lines += ["", f"Compilers: {', '.join(sorted(named))}."]
-    proofs = {key: row for key, row in table.items() if key.endswith(" proof")}
+    proofs = {key: table[key] for key in sorted(table) if key.endswith(" proof")}
     if proofs:
         lines += [
             "",
