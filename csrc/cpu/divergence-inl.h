@@ -10,7 +10,10 @@
 //   HeadShare    adaptive_kl's weight                         divergence_head-inl.h
 //   GradBlock    the gradient of one block, from the normalisers
 //
+// What one token adds is in divergence_terms-inl.h, and for rows far from agreement, where shorter
+// formulas are as exact, in divergence_far-inl.h; divergence_tokens-inl.h makes either's tokens.
 // Sums are fp32 within a block and fp64 across blocks.
+#include "cpu/divergence_far-inl.h"
 #include "cpu/divergence_terms-inl.h"
 #include "cpu/rows-inl.h"
 
@@ -19,6 +22,7 @@ namespace {
 
 // clang-format off: each uses those above it
 #include "cpu/divergence_kl-inl.h"
+#include "cpu/divergence_tokens-inl.h"
 #include "cpu/divergence_sweeps-inl.h"
 #include "cpu/divergence_head-inl.h"
 // clang-format on
@@ -90,18 +94,18 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
     return;
   }
   Row s(RowAt(a.student, row_s), a.student.dtype), t(RowAt(a.teacher, row_t), a.teacher.dtype);
+  constexpr bool kHead = kind == Kind::kAdaptiveKl;
   constexpr bool kPq = kind == Kind::kForwardKl || kind == Kind::kAdaptiveKl;
   constexpr bool kQp = kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
-  // The arg-max, the head and a normaliser at another temperature hang on the maximum itself.
-  pair.true_max =
-      stats != nullptr || kind == Kind::kAdaptiveKl || a.labels != nullptr || a.z_loss != 0.0f;
+  // The arg-max and a normaliser at another temperature hang on the maximum itself.
+  pair.true_max = stats != nullptr || a.labels != nullptr || a.z_loss != 0.0f;
   bool far = false;
-  if constexpr (kKeep) {
+  if constexpr (kKeep || kHead) {
     Kl<kPq, kQp, true>(s, t, a.vocab, pair, Kept(scratch, a.vocab));
   } else if constexpr (kPq || kQp) {
     Kl<kPq, kQp>(s, t, a.vocab, pair);
   } else {
-    far = Normalise(s, t, a.vocab, pair);
+    far = Normalise(s, t, a.vocab, pair) && HasFarTerms(kind, shape);
   }
   if (!pair.Defined()) return;
 
@@ -113,15 +117,15 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
   } else if constexpr (kind == Kind::kReverseKl) {
     value = centre = pair.kl_qp;
   } else if constexpr (kind == Kind::kAdaptiveKl) {
-    head = HeadShare(s, t, a.vocab, at, scratch);
+    head = HeadShare(s, t, a.vocab, pair, at, Kept(scratch, a.vocab));
     value = head * pair.kl_pq + (1 - head) * pair.kl_qp;
     centre = pair.kl_qp;
   } else {
     if (far) {
-      ValueSweep<kind, true>(s, t, a.vocab, at, value, centre);
-    } else {
-      ValueSweep<kind, false>(s, t, a.vocab, at, value, centre);
+      ValueSweep<kind, true>(s, t, a.vocab, at, log_z_t, value, centre);
+      far = value >= SmallestFarValue(kind, shape);
     }
+    if (!far) ValueSweep<kind, false>(s, t, a.vocab, at, log_z_t, value, centre);
     head = far ? 1 : 0;
   }
   if (Infinite(kind, pair, shape)) {
@@ -156,7 +160,7 @@ void ForwardPair(const DivergenceArgs& a, int64_t r, float* saved, float* scratc
 // one_hot.
 struct Upstream {
   Constants at;
-  float k, soft, centre, hard, one_hot, max_s, inverse_z_1;
+  float k, soft, soft_far, centre, hard, one_hot, max_s, inverse_z_1;
   int64_t label;
 };
 
@@ -169,6 +173,7 @@ inline Upstream MakeUpstream(const DivergenceArgs& a, int64_t r, const float* sa
   u.at = MakeConstants(k, saved[kMaxS], saved[kLogZS], saved[kMaxT], saved[kLogZT], shape);
   u.k = k;
   u.soft = grad * (1.0f - a.label_weight) * t2 * k;
+  u.soft_far = static_cast<float>(u.soft * FarUnit(a.kind, shape, saved[kLogZT]));
   u.centre = saved[kCentre];
   u.max_s = saved[kMaxS];
   u.inverse_z_1 = static_cast<float>(std::exp(-double(saved[kLogZ1])));
@@ -178,22 +183,25 @@ inline Upstream MakeUpstream(const DivergenceArgs& a, int64_t r, const float* sa
   return u;
 }
 
-// Writes, or adds to `out`, the gradient of Padded(n) columns from `begin`. `out` may be the
-// student's own block.
-template <Kind kind, bool kAdd, bool kFar>
-PD_INLINE void GradBlock(const Upstream& up, Row& s_row, Row& t_row, int64_t begin, int64_t n,
-                         float* out) {
-  const int64_t padded = Padded(n);
-  const float *bs = s_row.Block(begin, n), *bt = t_row.Block(begin, n);
+// put(g, i) for the gradient g of each of `padded` columns from `begin`, which xs and xt read. They
+// may be overwritten as they are put.
+template <Kind kind, bool kFar, class S, class T, class Put>
+PD_INLINE void GradBlock(const Upstream& up, const Row& s_row, const Row& t_row, const S& xs,
+                         const T& xt, int64_t begin, int64_t padded, const Put& put) {
+  constexpr bool kKl =
+      kind == Kind::kForwardKl || kind == Kind::kReverseKl || kind == Kind::kAdaptiveKl;
   const Constants at = up.at;
   const V soft = Set(up.soft), centre = Set(up.centre);
   const V soft_p = soft * at.inverse_z_t, soft_q = soft * at.inverse_z_s;
   const V head = Set(at.shape.head), tail = Set(1.0f - at.shape.head);
+  TokenBlock<kind, kFar> tokens;
+  if constexpr (!kKl) tokens.Fill(at, xs, xt, padded);
   for (int64_t i = 0; i < padded; i += 2 * kLanes) {
     s_row.Prefetch(begin + kBlock + i);
     t_row.Prefetch(begin + kBlock + i);
     for (int u = 0; u < 2; ++u) {
-      const V s = Load(bs + i + u * kLanes), t = Load(bt + i + u * kLanes);
+      const int64_t j = i + u * kLanes;
+      const V s = xs(j), t = xt(j);
       V g;
       if constexpr (kind == Kind::kForwardKl) {
         g = ExpNonPositive(at.k * (s - at.max_s)) * soft_q -
@@ -204,17 +212,20 @@ PD_INLINE void GradBlock(const Upstream& up, Row& s_row, Row& t_row, int64_t beg
         const V q = at.Q(s);
         g = soft * Fma(head, q - at.P(t), tail * q * (Neg(at.LogRatio(s, t)) - centre));
       } else {
-        const Tokens x = at.At<kFar>(s, t);
-        g = soft * Fnma(x.Q(), centre, TermOf<kind, kFar>(at.shape, x).qh);
+        const auto x = tokens.At(at, s, t, j);
+        const V qh = TermOf<kind>(at.shape, x).qh;
+        if constexpr (kFar) {
+          g = Fnma(x.q, soft_p * centre, Set(up.soft_far) * qh);
+        } else {
+          g = soft * Fnma(x.Q(), centre, qh);
+        }
       }
       if (up.hard != 0.0f) {
         g = Fma(ExpNonPositive(s - Set(up.max_s)) * Set(up.inverse_z_1), Set(up.hard), g);
       }
-      if constexpr (kAdd) g = g + Load(out + i + u * kLanes);
-      Store(g, out + i + u * kLanes);
+      put(g, j);
     }
   }
-  if (up.label >= begin && up.label < begin + padded) out[up.label - begin] -= up.one_hot;
 }
 
 // The gradient of one pair, written to `out` (which may be the student's row itself).
@@ -223,10 +234,22 @@ void GradRow(const DivergenceArgs& a, Row& s, Row& t, const Upstream& up, char* 
   alignas(64) float buffer[kBlock];
   for (int64_t begin = 0; begin < a.vocab; begin += kBlock) {
     const int64_t n = a.vocab - begin < kBlock ? a.vocab - begin : kBlock, padded = Padded(n);
-    const bool in_place = a.student.dtype == DType::kF32 && n == padded;
-    float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
-    GradBlock<kind, false, kFar>(up, s, t, begin, n, to);
-    StoreBlock(to, n, a.student.dtype, out, begin);
+    const bool labelled = up.label >= begin && up.label < begin + n;
+    WithColumns(s, t, begin, n, [&](const auto& xs, const auto& xt) PD_INLINE_LAMBDA {
+      if constexpr (std::is_same_v<decltype(xs), const Bf16At&>) {
+        if (!labelled) {
+          uint16_t* to = reinterpret_cast<uint16_t*>(out) + begin;
+          const auto put = [&](V g, int64_t i) PD_INLINE_LAMBDA { StoreBf16(g, to + i); };
+          return GradBlock<kind, kFar>(up, s, t, xs, xt, begin, padded, put);
+        }
+      }
+      const bool in_place = a.student.dtype == DType::kF32 && n == padded;
+      float* to = in_place ? reinterpret_cast<float*>(out) + begin : buffer;
+      const auto put = [&](V g, int64_t i) PD_INLINE_LAMBDA { Store(g, to + i); };
+      GradBlock<kind, kFar>(up, s, t, xs, xt, begin, padded, put);
+      if (labelled) to[up.label - begin] -= up.one_hot;
+      StoreBlock(to, n, a.student.dtype, out, begin);
+    });
   }
   ZeroColumns(out, a.student.dtype, a.vocab, a.student.width);
 }
@@ -259,7 +282,7 @@ void GradRowKept(const DivergenceArgs& a, const Kept& kept, const float* saved, 
       of_q = weight(kept.max_s[begin / kBlock], saved[kMaxS], saved[kLogZS]);
       of_p = weight(kept.max_t[begin / kBlock], saved[kMaxT], saved[kLogZT]);
     }
-    const auto grad = [&](int64_t i) __attribute__((always_inline)) {
+    const auto grad = [&](int64_t i) PD_INLINE_LAMBDA {
       return Load(kept.e_s + begin + i) * of_q - Load(kept.e_t + begin + i) * of_p;
     };
     const bool labelled = up.label >= begin && up.label < begin + n;
@@ -291,7 +314,11 @@ void GradRows(const DivergenceArgs& a, int64_t row, const int64_t* pairs, int64_
       const bool known = row_t >= 0 && row_t < a.teacher.rows;
       const Upstream up = MakeUpstream(a, r, a.saved + r * kSaved, known ? grad : NAN);
       Row t(RowAt(a.teacher, known ? row_t : 0), a.teacher.dtype);
-      GradBlock<kind, true, false>(up, s, t, begin, n, buffer);
+      const Fp32At xs{s.Block(begin, n)}, xt{t.Block(begin, n)};
+      const auto add = [&](V g, int64_t i)
+                           PD_INLINE_LAMBDA { Store(g + Load(buffer + i), buffer + i); };
+      GradBlock<kind, false>(up, s, t, xs, xt, begin, padded, add);
+      if (up.label >= begin && up.label < begin + n) buffer[up.label - begin] -= up.one_hot;
     }
     StoreBlock(buffer, n, a.student.dtype, out, begin);
   }

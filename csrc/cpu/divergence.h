@@ -50,7 +50,7 @@ struct DivergenceArgs {
   int64_t grad_stride;
 };
 
-// Bytes of scratch a thread needs: adaptive_kl's forward keeps p, forward_kl's overwrite both rows'
+// Bytes of scratch a thread needs: adaptive_kl's forward and forward_kl's overwrite keep both rows'
 // exponentials and a maximum a block.
 inline int64_t divergence_scratch_bytes(const DivergenceArgs& a, bool overwrite) {
   const bool needed = a.kind == Kind::kAdaptiveKl || (a.kind == Kind::kForwardKl && overwrite);

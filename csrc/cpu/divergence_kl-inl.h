@@ -20,9 +20,10 @@ struct Pair {
   bool NoP() const { return low == -INFINITY; }
 };
 
-// Lifts a running maximum to cover a block; returns the factor for sums taken about the old one.
-PD_INLINE double Lift(float block_max, float k, float& running) {
-  if (!(block_max > running)) return 1.0;
+// Lifts a running maximum to cover a block, or if it may be a guess and is near enough leaves it;
+// returns the factor for sums taken about the old one.
+PD_INLINE double Lift(float block_max, float k, bool guess, float& running) {
+  if (!(block_max > running) || (guess && k * (block_max - running) < 2.0f)) return 1.0;
   const double factor = running == -INFINITY ? 0.0 : std::exp(double(k) * (running - block_max));
   running = block_max;
   return factor;
@@ -42,8 +43,8 @@ inline double Phi(double x) {
   return x * x * (0.5 - x * (1.0 / 6 - x * (1.0 / 24 - x * (1.0 / 120 - x / 720))));
 }
 
-// The exponentials of a sweep, for a gradient that follows at once: each block's about the maximum
-// so far. In `divergence_scratch_bytes` of scratch.
+// The exponentials of a sweep, for what follows at once: each block's about the maximum so far. In
+// `divergence_scratch_bytes` of scratch.
 struct Kept {
   float *e_s, *e_t, *max_s, *max_t;
 
@@ -86,16 +87,6 @@ constexpr bool kTryFinite = false;
 PD_INLINE V ExpUnbounded(V x) { return ExpNonPositive(x); }
 #endif
 
-// Where KlBlock finds a row's columns: fp32, or bf16 to be widened.
-struct Fp32At {
-  const float* p;
-  PD_INLINE V operator()(int64_t i) const { return Load(p + i); }
-};
-struct Bf16At {
-  const uint16_t* p;
-  PD_INLINE V operator()(int64_t i) const { return LoadBf16(p + i); }
-};
-
 // `ratio` is e_t exp(-d0) / e_s. A block ahead of the logits, their cache lines are asked for.
 template <KlMode kMode, class At>
 PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const At& at_s, const At& at_t, int64_t begin,
@@ -104,8 +95,8 @@ PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const At& at_s, const At& a
   const V k = Set(scale), c0 = Set(centre), half = Set(0.5f), one = Set(1.0f);
   const V max_s = Set(top_s), max_t = Set(top_t);
   const V ratio = Set(ratio_of_e), inverse = Set(1.0f / ratio_of_e);
-  const auto scaled = [&](V x) __attribute__((always_inline)) { return kMode.unit ? x : k * x; };
-  const auto exponential = [&](V x) __attribute__((always_inline)) {
+  const auto scaled = [&](V x) PD_INLINE_LAMBDA { return kMode.unit ? x : k * x; };
+  const auto exponential = [&](V x) PD_INLINE_LAMBDA {
     return kMode.finite ? ExpUnbounded(x) : ExpNonPositive(x);
   };
   V low = Set(INFINITY), high = Set(-INFINITY);
@@ -152,7 +143,7 @@ PD_INLINE KlSums KlBlock(const Row& s, const Row& t, const At& at_s, const At& a
       }
     }
   }
-  const auto sum = [](const V(&v)[2]) __attribute__((always_inline)) { return Sum(v[0] + v[1]); };
+  const auto sum = [](const V(&v)[2]) PD_INLINE_LAMBDA { return Sum(v[0] + v[1]); };
   return {sum(z_s),      sum(z_t),     sum(plain_pq), sum(fine_pq),
           sum(plain_qp), sum(fine_qp), MinOf(low),    MaxOf(high)};
 }
@@ -170,7 +161,7 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
     const auto block = [&](auto mode, const auto& at_s, const auto& at_t,
-                           float ratio) __attribute__((always_inline)) {
+                           float ratio) PD_INLINE_LAMBDA {
       return KlBlock<mode()>(s, t, at_s, at_t, begin, padded, pair.k, centre, FiniteMax(pair.max_s),
                              FiniteMax(pair.max_t), ratio, kept_exps);
     };
@@ -190,8 +181,8 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
     if (!summed) {
       float top_s, top_t;
       const Fp32At bs{s.Block(begin, n, top_s)}, bt{t.Block(begin, n, top_t)};
-      const double lift_s = Lift(top_s, pair.k, pair.max_s);
-      const double lift_t = Lift(top_t, pair.k, pair.max_t);
+      const double lift_s = Lift(top_s, pair.k, !pair.true_max, pair.max_s);
+      const double lift_t = Lift(top_t, pair.k, !pair.true_max, pair.max_t);
       pair.z_s *= lift_s, a_qp *= lift_s, b_qp *= lift_s;
       pair.z_t *= lift_t, a_pq *= lift_t, b_pq *= lift_t;
       float ratio = 1.0f;
@@ -238,14 +229,15 @@ bool KlSweep(Row& s, Row& t, int64_t vocab, float centre, Pair& pair, const Kept
   return kept;
 }
 
-// The normalisers for the other kinds. Returns whether the row is far from agreement (kFar).
+// The normalisers for the other kinds. Returns whether the row may be far from agreement.
 inline bool Normalise(Row& s, Row& t, int64_t vocab, Pair& pair) {
   if (pair.k == 1.0f) {
     KlSweep<true, true, false, false, true>(s, t, vocab, 0.0f, pair);
   } else {
     KlSweep<true, true, false>(s, t, vocab, 0.0f, pair);
   }
-  return PlainIsExact(pair.kl_pq < pair.kl_qp ? pair.kl_pq : pair.kl_qp, pair.LogRatio());
+  const double kl = pair.kl_pq < pair.kl_qp ? pair.kl_pq : pair.kl_qp;
+  return kl >= kFarKl && PlainIsExact(kl, pair.LogRatio());
 }
 
 // The KLs of a row. Its first columns tell where C is and whether the plain form will do; a guess

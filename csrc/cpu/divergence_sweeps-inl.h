@@ -1,70 +1,33 @@
 // The later sweeps over a row pair, in cache, from its normalisers: values of the kinds that need
 // them first, and statistics. Included inside the anonymous namespace of divergence-inl.h.
 
-// The row constants of a second sweep or a backward.
-struct Constants {
-  V k, max_s, max_t, inverse_z_s, inverse_z_t, log_z_s, log_z_t, log_ratio, log_ratio_low;
-  Shape shape;
-
-  // d = k (t - s) - C within +-kHuge, with the rounding errors of t - s and of C put back.
-  template <bool kFar = false>
-  PD_INLINE V LogRatio(V s, V t) const {
-    const V gap = t - s, d = Fms(k, gap, log_ratio);
-    if constexpr (kFar) return Min(Set(kHuge), Max(d, Set(-kHuge)));
-    const V rest = Fms(k, RoundingError(t, s, gap), log_ratio_low);
-    return Min(Set(kHuge), Max(Select(Lt(Abs(rest), Set(1.0f)), d + rest, d), Set(-kHuge)));
-  }
-
-  PD_INLINE V P(V t) const { return ExpNonPositive(k * (t - max_t)) * inverse_z_t; }
-  PD_INLINE V Q(V s) const { return ExpNonPositive(k * (s - max_s)) * inverse_z_s; }
-
-  template <bool kFar>
-  PD_INLINE Tokens At(V s, V t) const {
-    const V xs = k * (s - max_s), xt = k * (t - max_t), d = LogRatio<kFar>(s, t), a = Abs(d);
-    const M teacher_larger = Le(Set(0.0f), d);
-    const V x = Select(teacher_larger, xt, xs);
-    const V inverse_z = Select(teacher_larger, inverse_z_t, inverse_z_s);
-    V e, ratio;
-    if constexpr (kFar) {
-      ratio = ExpNonPositive(Neg(a));
-      e = ratio - Set(1.0f);
-    } else {
-      ratio = ExpNonPositive(Neg(a), e);
-    }
-    return {
-        xt - log_z_t, xs - log_z_s, d, a, teacher_larger, ExpNonPositive(x) * inverse_z, ratio, e};
-  }
-};
-
-Constants MakeConstants(float k, float max_s, double log_z_s, float max_t, double log_z_t,
-                        const Shape& shape) {
-  const double c = double(k) * (double(max_t) - max_s) + log_z_t - log_z_s;
-  return {Set(k),
-          Set(max_s),
-          Set(max_t),
-          Set(static_cast<float>(std::exp(-log_z_s))),
-          Set(static_cast<float>(std::exp(-log_z_t))),
-          Set(static_cast<float>(log_z_s)),
-          Set(static_cast<float>(log_z_t)),
-          Set(static_cast<float>(c)),
-          Set(static_cast<float>(c - static_cast<float>(c))),
-          shape};
-}
-
+// The value of a pair, and centre = sum q h. With kFar by FarTokens.
 template <Kind kind, bool kFar>
-void ValueSweep(Row& s, Row& t, int64_t vocab, const Constants& at, double& value, double& centre) {
+void ValueSweep(Row& s, Row& t, int64_t vocab, const Constants& constants, double log_z_t,
+                double& value, double& centre) {
+  const Constants at = constants;
+  TokenBlock<kind, kFar> tokens;
   value = centre = 0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
-    const float *bs = s.Block(begin, n), *bt = t.Block(begin, n);
-    V sum_value = Set(0), sum_qh = Set(0);
-    for (int64_t i = 0; i < padded; i += kLanes) {
-      const Term term = TermOf<kind, kFar>(at.shape, at.At<kFar>(Load(bs + i), Load(bt + i)));
-      sum_value = sum_value + term.value;
-      sum_qh = sum_qh + term.qh;
-    }
-    value += Sum(sum_value);
-    centre += Sum(sum_qh);
+    WithColumns(s, t, begin, n, [&](const auto& xs, const auto& xt) PD_INLINE_LAMBDA {
+      tokens.Fill(at, xs, xt, padded);
+      V sum_value[2] = {Set(0), Set(0)}, sum_qh[2] = {Set(0), Set(0)};
+      for (int64_t i = 0; i < padded; i += 2 * kLanes) {
+        for (int u = 0; u < 2; ++u) {
+          const int64_t j = i + u * kLanes;
+          const Term term = TermOf<kind>(at.shape, tokens.At(at, xs(j), xt(j), j));
+          sum_value[u] = sum_value[u] + term.value;
+          sum_qh[u] = sum_qh[u] + term.qh;
+        }
+      }
+      value += Sum(sum_value[0] + sum_value[1]);
+      centre += Sum(sum_qh[0] + sum_qh[1]);
+    });
+  }
+  if constexpr (kFar) {
+    const double unit = FarUnit(kind, at.shape, log_z_t);
+    value *= unit, centre *= unit;
   }
 }
 

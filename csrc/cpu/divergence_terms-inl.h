@@ -1,5 +1,6 @@
-// One token's share of each divergence, and of sum q h: the only place where a kind is spelled out.
-// Formulas and their sources: docs/ops/divergence.md, "Kinds".
+// One token's share of each divergence, and of sum q h, exact however close the two rows are.
+// divergence_far-inl.h has the shorter forms for rows that differ. Formulas and their sources:
+// docs/ops/divergence.md, "Kinds".
 #if defined(PD_DIVERGENCE_TERMS_INL_H) == defined(PD_TOGGLE)
 #ifdef PD_DIVERGENCE_TERMS_INL_H
 #undef PD_DIVERGENCE_TERMS_INL_H
@@ -36,14 +37,9 @@ struct Term {
   V value, qh;
 };
 
-// Every formula comes with kFar: true for rows whose divergence is not small, where the digits that
-// small differences need (polynomials, compensated logs) would be lost in the sum anyway.
-
 // w phi(x), where w e^-x = m is known.
-template <bool kFar = false>
 PD_INLINE V WeightedPhi(V w, V x, V m) {
-  const V far = Fma(w, x - Set(1.0f), m);
-  return kFar ? far : Select(Lt(Abs(x), Set(0.5f)), w * PhiSmall(x), far);
+  return Select(Lt(Abs(x), Set(0.5f)), w * PhiSmall(x), Fma(w, x - Set(1.0f), m));
 }
 
 // A mixture M = share_p p + (1 - share_p) q seen from the larger side, whose ratio to M is 1 / u.
@@ -52,12 +48,11 @@ struct Mixture {
   V p_gain, q_gain;  // p / M - 1 and q / M - 1
 };
 
-template <bool kFar>
 PD_INLINE Mixture MixtureOf(const Tokens& t, float share_p) {
   const V one = Set(1.0f);
   const V other = Select(t.teacher_larger, Set(1.0f - share_p), Set(share_p));
   const V w = other * t.e, u = one + w;  // M / larger
-  const V larger = Neg(kFar ? LogNormal(u) : Log1p(w, u)), smaller = larger - t.a;
+  const V larger = Neg(Log1p(w, u)), smaller = larger - t.a;
   const V gain_larger = Neg(w) / u, gain_smaller = (t.e - w) / u;
   return {Select(t.teacher_larger, larger, smaller), Select(t.teacher_larger, smaller, larger),
           Select(t.teacher_larger, gain_larger, gain_smaller),
@@ -98,29 +93,28 @@ PD_INLINE Term AlphaBeta(const Shape& r, const Tokens& t) {
   return {Where(present, out.value), Where(present, out.qh)};
 }
 
-template <Kind kind, bool kFar>
+template <Kind kind>
 PD_INLINE Term TermOf(const Shape& r, const Tokens& t) {
   const V one = Set(1.0f), zero = Set(0.0f);
   if constexpr (kind == Kind::kAlphaBeta) {
     return AlphaBeta(r, t);
   } else if constexpr (kind == Kind::kJsd) {
-    const Mixture m = MixtureOf<kFar>(t, r.beta);
+    const Mixture m = MixtureOf(t, r.beta);
     const V p = Set(r.beta) * t.P(), q = Set(1.0f - r.beta) * t.Q();
     // Where d is large the Bregman terms -p + M and -q + M are not needed: they cancel in the sum.
     const V far = Fma(p, m.x, q * m.y), qh = q * m.y;
-    if constexpr (kFar) return {far, qh};
     const V near = Fma(p, PhiSmall(m.x), q * PhiSmall(m.y));
     return {Select(Lt(t.a, Set(0.5f)), near, far), qh};
   } else if constexpr (kind == Kind::kSkewForwardKl) {
-    const Mixture m = MixtureOf<kFar>(t, r.alpha);
+    const Mixture m = MixtureOf(t, r.alpha);
     const V p = t.P(), q = t.Q();
     const V mixed = Fma(Set(r.alpha), p, Set(1.0f - r.alpha) * q);
-    return {WeightedPhi<kFar>(p, m.x, mixed), Set(r.alpha - 1.0f) * q * m.p_gain};
+    return {WeightedPhi(p, m.x, mixed), Set(r.alpha - 1.0f) * q * m.p_gain};
   } else if constexpr (kind == Kind::kSkewReverseKl) {
-    const Mixture m = MixtureOf<kFar>(t, 1.0f - r.alpha);
+    const Mixture m = MixtureOf(t, 1.0f - r.alpha);
     const V p = t.P(), q = t.Q();
     const V mixed = Fma(Set(r.alpha), q, Set(1.0f - r.alpha) * p);
-    return {WeightedPhi<kFar>(q, m.y, mixed), q * Fnma(Set(r.alpha), m.q_gain, m.y)};
+    return {WeightedPhi(q, m.y, mixed), q * Fnma(Set(r.alpha), m.q_gain, m.y)};
   } else if constexpr (kind == Kind::kTvd) {
     const V half_sign = Select(t.teacher_larger, Set(-0.5f), Set(0.5f));
     return {Set(-0.5f) * t.larger * t.e, t.Q() * Select(Eq(t.d, zero), zero, half_sign)};

@@ -64,6 +64,25 @@ PD_INLINE V ExpNonPositive(V x) {
 #endif
 }
 
+// e^x to ExpNonPositive's error, for any x: 0 and +inf at the ends.
+PD_INLINE V ExpClamped(V x) {
+#if PD_TARGET >= PD_TARGET_AVX512
+  return ExpFinite(Max(Set(-105.0f), Min(Set(89.0f), x)));
+#else
+  return Exp(x);
+#endif
+}
+
+// 1 / x for normal x below 2^126, 1 ulp.
+PD_INLINE V Reciprocal(V x) {
+#if PD_TARGET >= PD_TARGET_AVX512
+  const V y = ReciprocalEstimate(x);
+  return Fma(y, Fnma(x, y, Set(1.0f)), y);
+#else
+  return Set(1.0f) / x;
+#endif
+}
+
 // ExpNonPositive, and e^x - 1 with full relative precision for small x.
 PD_INLINE V ExpNonPositive(V x, V& minus_one) {
   x = Max(Set(-105.0f), x);
@@ -98,11 +117,33 @@ PD_INLINE V Log(V x) {
   return Select(Le(Set(0.0f), x), y, Set(NAN));  // in this order NaN stays NaN
 }
 
-// log u for positive, normal u.
+#if PD_TARGET >= PD_TARGET_AVX512
+// 1 / c and log c for c in the middle of the sixteenths of [1, 2), 1 / c rounded to 8 bits.
+inline constexpr float kLogCentres[2][16] = {
+    {0.96875f, 0.9140625f, 0.86328125f, 0.8203125f, 0.78125f, 0.74609375f, 0.7109375f, 0.6796875f,
+     0.65234375f, 0.62890625f, 0.60546875f, 0.58203125f, 0.5625f, 0.54296875f, 0.5234375f,
+     0.5078125f},
+    {0.0317486972f, 0.0898563266f, 0.147014737f, 0.198069915f, 0.246860072f, 0.292904019f,
+     0.341170758f, 0.386122137f, 0.427183628f, 0.463773072f, 0.501752317f, 0.541231155f,
+     0.575364172f, 0.610703528f, 0.647337615f, 0.677643001f},
+};
+#endif
+
+// log u for positive, normal u, to 1.25e-7 max(1, abs(log u)).
 PD_INLINE V LogNormal(V u) {
+#if PD_TARGET >= PD_TARGET_AVX512
+  // u = 2^e m, m = c (1 + r) with abs(r) < 1/31: a table's entry and four terms.
+  V m, e, sixteenth;
+  SplitSixteenths(u, m, e, sixteenth);
+  const V r = Fms(m, Lookup16(sixteenth, Load(kLogCentres[0])), Set(1.0f));
+  const V base = Fma(e, Set(0.693147182f), Lookup16(sixteenth, Load(kLogCentres[1])));
+  const V q = Fma(Fma(Set(-0.25f), r, Set(0.333333333f)), r, Set(-0.5f));
+  return base + Fma(q, r * r, r);
+#else
   V m, e;
   Split2(u, m, e);
   return LogReduced(m - Set(1.0f), e);
+#endif
 }
 
 // log u for u = 1 + w > 0 (normal), with full relative precision for small w: where u needs no

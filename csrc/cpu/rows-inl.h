@@ -86,7 +86,7 @@ struct Row {
   template <bool kMax, class Convert>
   PD_INLINE void Widen(const uint16_t* p, int64_t n, const Convert& convert, V (&top)[4]) {
     const int64_t step = 4 * kLanes, whole = n / step * step;
-    const auto widen = [&](const uint16_t* from, int64_t to) __attribute__((always_inline)) {
+    const auto widen = [&](const uint16_t* from, int64_t to) PD_INLINE_LAMBDA {
       for (int u = 0; u < 4; ++u) {
         const V x = convert(from + u * kLanes);
         Store(x, buffer + to + u * kLanes);
@@ -103,6 +103,26 @@ struct Row {
 
   static uint16_t MinusInfinity(DType dtype) { return dtype == DType::kBf16 ? 0xff80 : 0xfc00; }
 };
+
+// Where columns are read from: fp32, or bf16 to be widened.
+struct Fp32At {
+  const float* p;
+  PD_INLINE V operator()(int64_t i) const { return Load(p + i); }
+};
+struct Bf16At {
+  const uint16_t* p;
+  PD_INLINE V operator()(int64_t i) const { return LoadBf16(p + i); }
+};
+
+// Calls f with what reads a block of s and of t, whole blocks of bf16 where they lie.
+template <class F>
+PD_INLINE void WithColumns(Row& s, Row& t, int64_t begin, int64_t n, const F& f) {
+  if (n == kBlock && s.dtype == DType::kBf16 && t.dtype == DType::kBf16) {
+    f(Bf16At{s.At<uint16_t>(begin)}, Bf16At{t.At<uint16_t>(begin)});
+  } else {
+    f(Fp32At{s.Block(begin, n)}, Fp32At{t.Block(begin, n)});
+  }
+}
 
 // Writes a block of fp32 as `dtype`.
 PD_INLINE void StoreBlock(const float* x, int64_t n, DType dtype, char* out, int64_t begin) {

@@ -13,6 +13,7 @@
 namespace pd::PD_NAMESPACE {
 
 #define PD_INLINE inline __attribute__((always_inline))
+#define PD_INLINE_LAMBDA __attribute__((always_inline))
 
 #if PD_TARGET >= PD_TARGET_AVX512
 
@@ -52,10 +53,24 @@ PD_INLINE V Scale2(V x, V n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 PD_INLINE V Lookup16(V bits, V table) {
   return {_mm512_permutexvar_ps(_mm512_castps_si512(bits.v), table.v)};
 }
+// 1 / x to 2^-14.
+PD_INLINE V ReciprocalEstimate(V x) { return {_mm512_rcp14_ps(x.v)}; }
+// x = m 2^e with m in [1, 2), and in the low bits of `sixteenth` which of [1, 2) has m; for normal,
+// positive x.
+PD_INLINE void SplitSixteenths(V x, V& m, V& e, V& sixteenth) {
+  m.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  e.v = _mm512_getexp_ps(x.v);
+  sixteenth.v = _mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(m.v), 19));
+}
 // x = m 2^e with m in [0.75, 1.5), for positive x (subnormals included).
 PD_INLINE void Split2(V x, V& m, V& e) {
   m.v = _mm512_getmant_ps(x.v, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
   e.v = _mm512_sub_ps(_mm512_getexp_ps(x.v), _mm512_getexp_ps(m.v));
+}
+// Moves the lanes of m to the front of `to`, which has room for kLanes; returns their number.
+PD_INLINE int64_t Compress(M m, V a, float* to) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(m, a.v));
+  return __builtin_popcount(m);
 }
 PD_INLINE float Sum(V a) { return _mm512_reduce_add_ps(a.v); }
 PD_INLINE float MaxOf(V a) { return _mm512_reduce_max_ps(a.v); }
@@ -140,6 +155,13 @@ PD_INLINE void Split2(V x, V& m, V& e) {
   m.v =
       _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(x.v), _mm256_slli_epi32(power, 23)));
   e = V{_mm256_cvtepi32_ps(power)} - Where(tiny, Set(24.0f));
+}
+PD_INLINE int64_t Compress(M m, V a, float* to) {
+  float lanes[kLanes];
+  Store(a, lanes);
+  int64_t n = 0;
+  for (unsigned bits = Bits(m); bits; bits &= bits - 1) to[n++] = lanes[__builtin_ctz(bits)];
+  return n;
 }
 PD_INLINE float Sum(V a) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
@@ -234,6 +256,10 @@ PD_INLINE void Split2(V x, V& m, V& e) {
   const int32_t power = static_cast<int32_t>(bits - ToBits(0.75f)) >> 23;
   m.v = FromBits(bits - (uint32_t(power) << 23));
   e.v = static_cast<float>(power) - (tiny ? 24.0f : 0.0f);
+}
+PD_INLINE int64_t Compress(M m, V a, float* to) {
+  *to = a.v;
+  return m;
 }
 PD_INLINE float Sum(V a) { return a.v; }
 PD_INLINE float MaxOf(V a) { return a.v; }

@@ -29,6 +29,12 @@ PD_INLINE V Apply(Math function, V x) {
       return Log(x);
     case Math::kLog1p:
       return Log1p(x, Set(1.0f) + x);
+    case Math::kExpClamped:
+      return ExpClamped(x);
+    case Math::kLogNormal:
+      return LogNormal(x);
+    case Math::kReciprocal:
+      return Reciprocal(x);
     case Math::kPhiSmall:
       return PhiSmall(x);
   }

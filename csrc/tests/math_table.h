@@ -15,11 +15,22 @@ enum class Math : int {
   kExpm1,
   kLog,
   kLog1p,  // of w, with u = 1 + w rounded
+  kExpClamped,
+  kLogNormal,
+  kReciprocal,
   kPhiSmall,
 };
-inline constexpr const char* kMathNames[] = {
-    "exp",   "exp_non_positive", "exp_non_positive_of_two", "expm1_non_positive", "expm1", "log",
-    "log1p", "phi_small"};
+inline constexpr const char* kMathNames[] = {"exp",
+                                             "exp_non_positive",
+                                             "exp_non_positive_of_two",
+                                             "expm1_non_positive",
+                                             "expm1",
+                                             "log",
+                                             "log1p",
+                                             "exp_clamped",
+                                             "log_normal",
+                                             "reciprocal",
+                                             "phi_small"};
 
 // Tables of one function per Capability. `in` and `out` hold n elements and may end anywhere.
 extern void (*const math_map_table[])(Math function, const float* in, int64_t n, float* out);

@@ -58,6 +58,13 @@ def test_exp_non_positive(isa: str, name: str) -> None:
     assert (error <= 1.5 + 2.7e-9 / (EPS / 2) * np.abs(wide)).all()
 
 
+def test_exp_clamped(isa: str) -> None:
+    x = points(-87.3, 88.7)
+    wide = x.astype(np.float64)
+    error = ulps(_testing.math(isa, "exp_clamped", x), np.exp(wide))
+    assert (error <= 1.5 + 2.7e-9 / (EPS / 2) * np.abs(wide)).all()
+
+
 def test_expm1_beside_exp(isa: str) -> None:
     x = points(-INF, 0)
     assert (
@@ -79,6 +86,18 @@ def test_log(isa: str) -> None:
     assert ulps(_testing.math(isa, "log", x), np.log(x.astype(float))).max() <= 2
 
 
+def test_log_normal(isa: str) -> None:
+    x = points(1.1754944e-38, INF)
+    exact = np.log(x.astype(float))
+    error = np.abs(_testing.math(isa, "log_normal", x) - exact)
+    assert (error <= 1.25e-7 * np.maximum(1, np.abs(exact))).all()
+
+
+def test_reciprocal(isa: str) -> None:
+    x = points(1.1754944e-38, 2.0**126)
+    assert ulps(_testing.math(isa, "reciprocal", x), 1 / x.astype(float)).max() <= 1
+
+
 def test_log1p(isa: str) -> None:
     x = points(-0.999999, 3e38)
     x = x[x != 0]
@@ -98,6 +117,7 @@ TINY = 1e-45  # the smallest subnormal
     ("name", "at", "want"),
     [
         ("exp", [-INF, np.nan, 0, -0.0, TINY, 89, INF, -104.5], [0, np.nan, 1, 1, 1, INF, INF, 0]),
+        ("exp_clamped", [-INF, np.nan, 0, 89, INF, -104.5], [0, np.nan, 1, INF, INF, 0]),
         ("exp_non_positive", [-INF, np.nan, 0, -TINY, -104.5, -3e38], [0, np.nan, 1, 1, 0, 0]),
         ("expm1_non_positive", [-INF, np.nan, 0, -TINY, -3e38], [-1, np.nan, 0, -TINY, -1]),
         ("expm1", [-INF, np.nan, 0, TINY, 89, INF], [-1, np.nan, 0, TINY, INF, INF]),

@@ -250,3 +250,63 @@ def test_maximum_far_from_the_beginning(
     close(over.double(), want.sum(), rtol=2e-5, atol=2e-6)
     (grad,) = torch.autograd.grad(over, leaf)
     close(grad.double(), slope, rtol=grad_error, atol=grad_error)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise", [0.05, 0.1, 0.3, 0.5, 0.8, 1.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_near_to_far(kind: str, noise: float, dtype: torch.dtype, each_cpu: str) -> None:
+    """The CPU kernels sum rows that are far apart by other formulas: exact on either side of the
+    change, which these KLs of 1e-3 to 1 straddle."""
+    teacher = (2 * torch.randn(6, 2100)).to(dtype)
+    student = (teacher.float() + noise * torch.randn(6, 2100)).to(dtype)
+    close_to_exact(kind, {}, student, teacher, each_cpu)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("jsd", {"beta": 2**-6}),
+        ("jsd", {"beta": 1 - 2**-6}),
+        ("skew_forward_kl", {"alpha": 1 - 2**-4}),
+        ("skew_reverse_kl", {"alpha": 1 - 2**-4}),
+        ("alpha_beta", {"alpha": 0.06, "beta": 0.9}),
+        ("alpha_beta", {"alpha": 0.2, "beta": 0.1}),
+        ("alpha_beta", {"alpha": 1.5, "beta": 2.0}),
+        ("alpha_beta", {"alpha": -0.5, "beta": 1.2}),
+    ],
+)
+def test_parameters_near_their_ends(kind: str, shape: dict[str, float], each_cpu: str) -> None:
+    """KLs of about 1, yet values of 0.01, or terms that cancel."""
+    teacher = 2 * torch.randn(6, 2100)
+    close_to_exact(kind, shape, teacher + 1.2 * torch.randn(6, 2100), teacher, each_cpu)
+
+
+def close_to_exact(
+    kind: str, shape: dict[str, float], student: Tensor, teacher: Tensor, impl: str
+) -> None:
+    exact = student.double().requires_grad_()
+    want = divergence(exact, teacher.double(), kind, reduction="none", impl="reference", **shape)
+    (slope,) = torch.autograd.grad(want.sum(), exact)
+    leaf = student.clone().requires_grad_()
+    loss = divergence(leaf, teacher, kind, reduction="none", impl=impl, **shape)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    close(loss.double(), want.detach(), rtol=1e-5, atol=0)
+    error = (grad.double() - slope).norm(dim=1) / slope.norm(dim=1)
+    assert error.max() <= (3e-5 if student.dtype == torch.float32 else 4e-3)
+
+
+def test_head_with_equal_tokens_in_two_blocks(each_cpu: str) -> None:
+    """Of equal tokens the first belong to adaptive_kl's head, also where a later block of the sweep
+    has a larger maximum than the one before."""
+    top = torch.linspace(6.4, 6.9, 32)
+    teacher = torch.full((32, 4096), -12.0)
+    teacher[:, 3] = 0
+    teacher[:, [700, 3100, 3200, 3300]] = top[:, None]
+    student = torch.randn(32, 4096)
+    student[:, [700, 3200]] += 6
+    exact = divergence(
+        student.double(), teacher.double(), "adaptive_kl", reduction="none", impl="reference"
+    )
+    loss = divergence(student, teacher, "adaptive_kl", reduction="none", impl=each_cpu)
+    close(loss.double(), exact, rtol=1e-5, atol=0)
