@@ -236,8 +236,7 @@ inline bool Normalise(Row& s, Row& t, int64_t vocab, Pair& pair) {
   } else {
     KlSweep<true, true, false>(s, t, vocab, 0.0f, pair);
   }
-  const double kl = pair.kl_pq < pair.kl_qp ? pair.kl_pq : pair.kl_qp;
-  return kl >= kFarKl && PlainIsExact(kl, pair.LogRatio());
+  return pair.kl_pq >= kFarKl && pair.kl_qp >= kFarKl;
 }
 
 // The KLs of a row. Its first columns tell where C is and whether the plain form will do; a guess
