@@ -268,16 +268,16 @@ def test_from_near_to_far(kind: str, noise: float, dtype: torch.dtype, each_cpu:
     [
         ("jsd", {"beta": 2**-6}),
         ("jsd", {"beta": 1 - 2**-6}),
-        ("skew_forward_kl", {"alpha": 1 - 2**-4}),
-        ("skew_reverse_kl", {"alpha": 1 - 2**-4}),
+        ("skew_forward_kl", {"alpha": 1 - 2**-5}),
+        ("skew_reverse_kl", {"alpha": 1 - 2**-5}),
         ("alpha_beta", {"alpha": 0.06, "beta": 0.9}),
-        ("alpha_beta", {"alpha": 0.2, "beta": 0.1}),
+        ("alpha_beta", {"alpha": 0.02, "beta": 0.03}),
         ("alpha_beta", {"alpha": 1.5, "beta": 2.0}),
         ("alpha_beta", {"alpha": -0.5, "beta": 1.2}),
     ],
 )
 def test_parameters_near_their_ends(kind: str, shape: dict[str, float], each_cpu: str) -> None:
-    """KLs of about 1, yet values of 0.01, or terms that cancel."""
+    """KLs of about 1, yet values of 1e-3, or terms that cancel."""
     teacher = 2 * torch.randn(6, 2100)
     close_to_exact(kind, shape, teacher + 1.2 * torch.randn(6, 2100), teacher, each_cpu)
 
