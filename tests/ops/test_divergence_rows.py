@@ -310,3 +310,14 @@ def test_head_with_equal_tokens_in_two_blocks(each_cpu: str) -> None:
     )
     loss = divergence(student, teacher, "adaptive_kl", reduction="none", impl=each_cpu)
     close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_head_that_ends_among_many_equal_tokens(each_cpu: str) -> None:
+    teacher = torch.randn(4, 1500)
+    teacher[:, torch.randperm(1500)[:700]] = 4.0
+    student = torch.randn(4, 1500)
+    exact = divergence(
+        student.double(), teacher.double(), "adaptive_kl", reduction="none", impl="reference"
+    )
+    loss = divergence(student, teacher, "adaptive_kl", reduction="none", impl=each_cpu)
+    close(loss.double(), exact, rtol=1e-5, atol=0)
