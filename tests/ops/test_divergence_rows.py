@@ -321,3 +321,23 @@ def test_head_that_ends_among_many_equal_tokens(each_cpu: str) -> None:
     )
     loss = divergence(student, teacher, "adaptive_kl", reduction="none", impl=each_cpu)
     close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_in_whole_blocks(kind: str, dtype: torch.dtype, each_cpu: str) -> None:
+    """Rows longer than a block of the CPU kernels, which then write bf16 gradients directly."""
+    student, teacher = torch.randn(2, 4, 2100).to(dtype).unbind()
+    labels = torch.tensor([5, 1023, 1024, 2099])
+    options = {"labels": labels, "label_weight": 0.4, "z_loss": 0.01, "reduction": "sum"}
+    exact = student.double().requires_grad_()
+    want = divergence(exact, teacher.double(), kind, impl="reference", **options)
+    (slope,) = torch.autograd.grad(want, exact)
+    for overwrite in (False, True):
+        leaf = student.clone().requires_grad_()
+        loss = divergence(
+            leaf * 1, teacher, kind, impl=each_cpu, overwrite_logits=overwrite, **options
+        )
+        (grad,) = torch.autograd.grad(loss, leaf)
+        close(loss.double(), want.detach(), rtol=1e-5, atol=0)
+        close(grad.double(), slope, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
