@@ -16,6 +16,12 @@ from pydistill.ops.divergence import (
 from pydistill.ops.divergence import (
     divergence_with_stats as divergence_with_stats,
 )
+from pydistill.ops.topk_divergence import (
+    topk_divergence as topk_divergence,
+)
+from pydistill.ops.topk_divergence import (
+    topk_divergence_jvp as topk_divergence_jvp,
+)
 from pydistill.reference.divergence import KINDS as KINDS
 
 try:

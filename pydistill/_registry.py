@@ -115,8 +115,13 @@ def has_kernel(name: str, backend: str) -> bool:
     if backend == "cuda":
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill_cuda::{name}", "CUDA")
     if backend == "triton":
-        return importlib.util.find_spec("triton") is not None
+        room = next(op.name for op in OPERATORS.values() if name in op.kernels)
+        return _finds("triton") and _finds(f"pydistill.kernels.{room}")
     return True
+
+
+def _finds(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
@@ -184,8 +189,12 @@ def _unavailable(op: Operator, backend: str, device: str, dtype: torch.dtype) ->
                 _native.reason()
                 or "the native library has no such kernel; rebuild it (pip install -e .)."
             )
-        if backend == "triton":
+        if backend == "triton" and not _finds("triton"):
             return "the package triton is not installed; install pydistill-kernels[triton]."
+        if backend == "triton" or torch._C._dispatch_has_kernel_for_dispatch_key(
+            "pydistill_cuda::divergence_fwd", "CUDA"
+        ):
+            return f"{op.name} has no {backend} kernel yet; choose another impl."
         return "the CUDA library is not built; build with PYDISTILL_BUILD_CUDA=1."
     return None
 

@@ -39,6 +39,15 @@ struct Row {
     return Block<false>(begin, n, unused);
   }
 
+  float Element(int64_t i) const {
+    if (dtype == DType::kF32) return At<float>(0)[i];
+    const uint16_t* p = At<uint16_t>(i);
+    uint16_t alone[kLanes] = {*p};
+    float wide[kLanes];
+    Store(dtype == DType::kBf16 ? LoadBf16(alone) : LoadF16(alone), wide);
+    return wide[0];
+  }
+
   // Asks for the cache lines of 2 kLanes columns from `begin`, in the row or behind it: a sweep
   // calls this a block ahead, so that memory works while it computes. No branches: of narrow types
   // one line is asked for twice.

@@ -92,18 +92,8 @@ def prepare(
     if label_weight > 0.0 and labels is None:
         raise ValueError(f"label_weight={label_weight} needs labels; pass int64 labels, one a row.")
     labels = _labels(labels, ignore_index, vocab_size, shape, device)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(
-                f"mask is {got}; pass a bool tensor, True where the row counts (mask.bool())."
-            )
-        mask = _rows.row_values("mask", mask, shape, device)
-    if weight is not None:
-        if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"weight is {got}; pass a floating-point tensor of one value a row.")
-        weight = _rows.row_values("weight", weight, shape, device)
+    mask = _rows.row_mask(mask, shape, device)
+    weight = _rows.row_weight(weight, shape, device)
     counted = _rows.counted_rows(mask, weight, labels, ignore_index)
 
     options = options._replace(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,28 @@ def row_values(name: str, value: Tensor, shape: Sequence[int], device: torch.dev
             f" {tuple(shape)}."
         )
     return value.expand(tuple(shape)).reshape(-1)
+
+
+def row_mask(mask: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    """A bool argument of one value a row as `[R]`."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"mask is {got}; pass a bool tensor, True where the row counts (mask.bool())."
+        )
+    return row_values("mask", mask, shape, device)
+
+
+def row_weight(weight: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    """A floating-point argument of one value a row as `[R]`; it may require grad."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"weight is {got}; pass a floating-point tensor of one value a row.")
+    return row_values("weight", weight, shape, device)
 
 
 def check_range(
@@ -170,7 +193,10 @@ def reduce_rows(
     total = loss.sum()
     if reduction == "sum":
         return total
-    return total * mean_scale(loss, weight, counted, denominator)
+    scale = mean_scale(loss, weight, counted, denominator)
+    if not isinstance(scale, Tensor):  # a number would make a forward-mode tangent fp64
+        scale = total.new_full((), scale)
+    return total * scale
 
 
 def mean_scale(
@@ -237,3 +263,57 @@ def lead_index(index: Tensor | None, dim: int | None, batch: int, rows: int) -> 
         return None
     batched = index.movedim(dim, 0) if dim is not None else index.expand(batch, *index.shape)
     return (batched + rows * torch.arange(batch, device=index.device)[:, None]).reshape(-1)
+
+
+def check_overwrite(
+    reduction: str, weight: Tensor | None, student_logits: Tensor, rows: Tensor
+) -> None:
+    """Raises where `overwrite_logits=True` cannot be had; `rows` is what `flatten` made."""
+    if reduction == "none":
+        raise ValueError("overwrite_logits=True needs reduction='mean' or 'sum', not 'none'.")
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "overwrite_logits=True is for eager mode; under torch.compile pass"
+            " overwrite_logits=False."
+        )
+    if rows.data_ptr() != student_logits.data_ptr():
+        raise ValueError(
+            "overwrite_logits=True needs logits that view as [rows, V] with unit last stride,"
+            f" not strides {student_logits.stride()}; pass student_logits.contiguous()."
+        )
+    if weight is not None and weight.requires_grad:
+        raise ValueError("overwrite_logits=True gives no gradient to weight; pass weight.detach().")
+
+
+def row_scale(
+    like: Tensor,
+    weight: Tensor | None,
+    counted: Tensor | None,
+    reduction: str,
+    denominator: float | Tensor | None,
+    rows: int | None = None,
+) -> Tensor:
+    """What each row's loss counts in a scalar reduction, `[R]`; fp32, or fp64 for fp64 logits."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    scale = torch.ones(like.shape[0] if rows is None else rows, dtype=dtype, device=like.device)
+    if weight is not None:
+        scale = weight.to(dtype)
+    if counted is not None:
+        scale = torch.where(counted, scale, 0)
+    if reduction == "mean":
+        scale = scale * mean_scale(scale, weight, counted, denominator)
+    return scale.contiguous()
+
+
+def spend_overwritten(ctx: Any) -> None:
+    """Marks the one gradient of a call with `overwrite_logits=True` as used; raises if it is."""
+    if ctx.used:
+        raise RuntimeError(
+            "overwrite_logits=True keeps one gradient, and backward has used it; pass"
+            " overwrite_logits=False to run backward again."
+        )
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "overwrite_logits=True has no second derivatives; pass overwrite_logits=False."
+        )
+    ctx.used = True

@@ -537,17 +537,7 @@ class _DivergenceOverwrite(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used:
-            raise RuntimeError(
-                "overwrite_logits=True keeps one gradient, and backward has used it; pass"
-                " overwrite_logits=False to"
-                " run backward again."
-            )
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "overwrite_logits=True has no second derivatives; pass overwrite_logits=False."
-            )
-        ctx.used = True
+        _rows.spend_overwritten(ctx)
         (student,) = ctx.saved_tensors
         grad = student.detach()
         if not _rows.values_readable(upstream) or upstream.item() != 1.0:
@@ -557,42 +547,23 @@ class _DivergenceOverwrite(torch.autograd.Function):
 
 def _overwrite(call: Call, student_logits: Tensor) -> Tensor:
     inputs = call.inputs
-    if call.reduction == "none":
-        raise ValueError("overwrite_logits=True needs reduction='mean' or 'sum', not 'none'.")
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "overwrite_logits=True is for eager mode; under torch.compile pass"
-            " overwrite_logits=False."
-        )
+    _rows.check_overwrite(call.reduction, call.weight, student_logits, inputs.student)
     if call.soft_cross_entropy:
         raise ValueError(
             "overwrite_logits=True is not offered under this convention; pass"
             " overwrite_logits=False."
         )
-    if inputs.student.data_ptr() != student_logits.data_ptr():
-        raise ValueError(
-            "overwrite_logits=True needs logits that view as [rows, V] with unit last stride,"
-            " not strides"
-            f" {student_logits.stride()}; pass student_logits.contiguous()."
-        )
-    if call.weight is not None and call.weight.requires_grad:
-        raise ValueError("overwrite_logits=True gives no gradient to weight; pass weight.detach().")
     rows = inputs.student_rows
     if rows is not None and rows.unique().numel() != rows.numel():
         raise ValueError(
             "overwrite_logits=True needs each student row at most once; student_rows has"
             " duplicates."
         )
-    size = inputs.student.shape[0] if rows is None else rows.shape[0]
-    dtype = torch.float64 if inputs.student.dtype == torch.float64 else torch.float32
-    scale = torch.ones(size, dtype=dtype, device=inputs.student.device)
-    if call.weight is not None:
-        scale = call.weight.to(dtype)
-    if inputs.counted is not None:
-        scale = torch.where(inputs.counted, scale, 0)
-    if call.reduction == "mean":
-        scale = scale * _rows.mean_scale(scale, call.weight, inputs.counted, call.denominator)
+    scale = _rows.row_scale(
+        inputs.student, call.weight, inputs.counted, call.reduction, call.denominator,
+        rows=None if rows is None else rows.shape[0],
+    )  # fmt: skip
     loss: Tensor = _DivergenceOverwrite.apply(  # type: ignore[no-untyped-call]
-        *inputs, scale.contiguous(), call.options, call.backend
+        *inputs, scale, call.options, call.backend
     )
     return loss

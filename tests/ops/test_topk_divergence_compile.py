@@ -1,0 +1,73 @@
+"""`topk_divergence` under `torch.compile`."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from pydistill import topk_divergence, topk_divergence_jvp
+from pydistill.reference.topk_divergence import TAILS
+
+OP = "topk_divergence"
+close = torch.testing.assert_close
+
+# Dynamo lists torch's functions once, at its first use: let that be now, not within a test whose
+# allocations are poisoned.
+torch.compile(torch.sin, backend="eager")(torch.zeros(1))
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> None:
+    """No poisoned allocations here: they would be traced into the graph."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def teacher(k: int) -> tuple[Tensor, Tensor]:
+    values, ids = torch.log_softmax(torch.randn(4, 19), -1).topk(k)
+    return values, ids
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_fullgraph(tail: str, impl: str) -> None:
+    log_p, ids = teacher(5)
+
+    def f(s: Tensor, p: Tensor, i: Tensor) -> Tensor:
+        return topk_divergence(s, p, i, "jsd", tail=tail, impl=impl)
+
+    student = torch.randn(4, 19, requires_grad=True)
+    want, got = (
+        g(student, log_p, ids) for g in (f, torch.compile(f, fullgraph=True, backend="aot_eager"))
+    )
+    close(got, want)
+    close(*(torch.autograd.grad(x, student)[0] for x in (got, want)))
+
+
+def test_wrong_ids_make_their_row_nan(impl: str) -> None:
+    ids = torch.tensor([[0, 1], [2, 2], [3, 40], [4, 5]])
+    f = lambda s: topk_divergence(  # noqa: E731
+        s, torch.full((4, 2), -2.0), ids, tail="zero", reduction="none", impl=impl
+    )
+    student = torch.randn(4, 19, requires_grad=True)
+    loss = torch.compile(f, fullgraph=True, backend="aot_eager")(student)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    assert grad.isnan().all(1).tolist() == [False, True, True, False]
+
+
+def test_tangents_need_the_explicit_form(kernel_impl: str) -> None:
+    log_p, ids = teacher(5)
+    student, tangent = torch.randn(4, 19), torch.randn(4, 19)
+    f = lambda s, t: topk_divergence_jvp(s, t, log_p, ids, impl=kernel_impl)  # noqa: E731
+    for x, y in zip(
+        torch.compile(f, fullgraph=True, backend="aot_eager")(student, tangent),
+        f(student, tangent),
+        strict=True,
+    ):
+        close(x, y)
