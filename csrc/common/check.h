@@ -17,6 +17,7 @@ template <class T>
 constexpr torch::headeronly::ScalarType scalar_type_of() {
   using torch::headeronly::ScalarType;
   if constexpr (std::is_same_v<T, bool>) return ScalarType::Bool;
+  if constexpr (std::is_same_v<T, uint8_t>) return ScalarType::Byte;
   if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
   if constexpr (std::is_same_v<T, int32_t>) return ScalarType::Int;
   if constexpr (std::is_same_v<T, float>) return ScalarType::Float;

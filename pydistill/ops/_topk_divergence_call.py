@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pydistill import _registry
 from pydistill.ops import _rows
+from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.reference.divergence import KINDS
 from pydistill.reference.topk_divergence import (
     TAILS,
@@ -46,14 +47,14 @@ class Call(NamedTuple):
 
 def prepare(
     student_logits: Tensor,
-    topk_logprobs: Tensor,
-    topk_ids: Tensor,
+    topk_logprobs: Tensor | TopkTeacher,
+    topk_ids: Tensor | None,
     kind: str,
     tail: str,
     tail_logprob: Tensor | None,
     beta: float | Tensor | None,
     temperature: float | Tensor,
-    teacher_temperature: float,
+    teacher_temperature: float | None,
     scale_t2: bool,
     weight: Tensor | None,
     mask: Tensor | None,
@@ -76,6 +77,14 @@ def prepare(
             " the student has mass; use tail='bucket' or 'renormalize'."
         )
     _rows.check_reduction(reduction, denominator)
+    if isinstance(topk_logprobs, TopkTeacher):
+        given = (topk_ids, tail_logprob, teacher_temperature)
+        teacher = _of_student(topk_logprobs, student_logits.shape[-1], given)
+        topk_logprobs, topk_ids = teacher.topk_logprobs, teacher.topk_ids
+        tail_logprob = teacher.tail_logprob if tail == "bucket" else None
+        teacher_temperature = teacher.temperature
+    if teacher_temperature is None:
+        teacher_temperature = 1.0
     log_p = _logprobs(topk_logprobs, shape, device)
     ids = _ids(topk_ids, topk_logprobs, student_logits.shape[-1], device)
     backend = _registry.resolve(OP.name, impl, device.type, student_logits.dtype)
@@ -91,6 +100,20 @@ def prepare(
     student = _rows.flatten(student_logits)
     inputs = Inputs(student, ids, log_p.contiguous(), log_tail, counted, params)
     return Call(inputs, options, backend, shape, weight, reduction, denominator)
+
+
+def _of_student(teacher: TopkTeacher, vocab: int, given: tuple[object, ...]) -> TopkTeacher:
+    """`teacher`, if it comes alone and is over the student's vocabulary."""
+    for name, value in zip(("topk_ids", "tail_logprob", "teacher_temperature"), given, strict=True):
+        if value is not None:
+            raise ValueError(f"{name} is given beside a TopkTeacher, which has its own; drop it.")
+    if teacher.vocab_size not in (None, vocab):
+        raise ValueError(
+            f"the teacher was recorded over {teacher.vocab_size} tokens, but student_logits has"
+            f" {vocab}; they must share the vocabulary. If the ids mean the same and only padding"
+            " differs, pass teacher._replace(vocab_size=None)."
+        )
+    return teacher
 
 
 def _logprobs(x: Tensor, prefix: tuple[int, ...], device: torch.device) -> Tensor:
@@ -110,7 +133,7 @@ def _logprobs(x: Tensor, prefix: tuple[int, ...], device: torch.device) -> Tenso
     return x.reshape(-1, x.shape[-1])
 
 
-def _ids(ids: Tensor, like: Tensor, vocab: int, device: torch.device) -> Tensor:
+def _ids(ids: Tensor | None, like: Tensor, vocab: int, device: torch.device) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"topk_ids is {got}; pass int64 or int32 token ids (ids.long()).")

@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from pydistill import _registry
 from pydistill.ops import _memory, _rows
 from pydistill.ops._topk_divergence_call import OP, Call, duplicate_ids, prepare
+from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.reference.topk_divergence import (
     ID_TWICE,
     SAVED,
@@ -41,15 +42,15 @@ from pydistill.reference.topk_divergence import (
 
 def topk_divergence(
     student_logits: Tensor,
-    topk_logprobs: Tensor,
-    topk_ids: Tensor,
+    topk_logprobs: Tensor | TopkTeacher,
+    topk_ids: Tensor | None = None,
     kind: str = "forward_kl",
     *,
     tail: str = "bucket",
     tail_logprob: Tensor | None = None,
     beta: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    teacher_temperature: float = 1.0,
+    teacher_temperature: float | None = None,
     scale_t2: bool = False,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
@@ -65,7 +66,9 @@ def topk_divergence(
         student_logits: `[..., V]`, any strides. fp32, bf16, fp16; fp64 on the reference.
         topk_logprobs: `[..., K]`, log-probabilities of the teacher under its full softmax, any
             floating-point dtype. Whoever chose the tokens (the teacher's top, the student's, both)
-            has scored them by the teacher.
+            has scored them by the teacher. Or a `TopkTeacher`, as a slice of a teacher cache is:
+            it brings `topk_ids`, `tail_logprob` and `teacher_temperature`, which are then not
+            passed, and its vocabulary must be the student's.
         topk_ids: int64 or int32 `[..., K]`, the tokens, in any order, each at most once a row; a
             negative id marks an empty slot, whose log-probability is not read.
         kind: "forward_kl", "reverse_kl", "jsd" or "tvd", as in `pydistill.divergence`.
@@ -75,9 +78,9 @@ def topk_divergence(
             mostly rounding.
         beta: of `jsd`, in (0, 1), a scalar or one value a row; None is 0.5.
         temperature: T > 0 of the student, a scalar or one value a row.
-        teacher_temperature: at which the log-probabilities were recorded. "renormalize" and "zero"
-            bring them to `temperature`; "bucket" and "truncate", whose tail mass would be unknown,
-            raise unless the two are equal.
+        teacher_temperature: at which the log-probabilities were recorded; None is 1. "renormalize"
+            and "zero" bring them to `temperature`; "bucket" and "truncate", whose tail mass would
+            be unknown, raise unless the two are equal.
         scale_t2, weight, mask, reduction, denominator, overwrite_logits, impl: as in
             `pydistill.divergence`.
 
@@ -104,8 +107,8 @@ def topk_divergence(
 def topk_divergence_jvp(
     student_logits: Tensor,
     student_tangent: Tensor,
-    topk_logprobs: Tensor,
-    topk_ids: Tensor,
+    topk_logprobs: Tensor | TopkTeacher,
+    topk_ids: Tensor | None = None,
     kind: str = "forward_kl",
     **arguments: Any,
 ) -> tuple[Tensor, Tensor]:
