@@ -18,6 +18,9 @@ from pydistill.ops.divergence import (
 from pydistill.ops.divergence import (
     divergence_with_stats as divergence_with_stats,
 )
+from pydistill.ops.linear_divergence import (
+    linear_divergence as linear_divergence,
+)
 from pydistill.ops.topk_divergence import (
     topk_divergence as topk_divergence,
 )

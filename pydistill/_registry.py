@@ -84,6 +84,41 @@ def kernel(op: Operator, name: str, schema: str, reference: Callable[..., None])
         torch.library.register_fake(f"{namespace}::{name}", _fake_out)
 
 
+_made_of: dict[str, str] = {}
+
+
+def composed_kernel(
+    op: Operator,
+    name: str,
+    schema: str,
+    reference: Callable[..., None],
+    run: Callable[..., None],
+    of: str,
+) -> None:
+    """A `kernel` that is Python over the kernels of another operator, on every backend that has
+    those: `run(backend, *args)`. `of` is the one of them that says where they exist."""
+    _made_of[name] = of
+
+    def on(backend: str) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            if has_kernel(of, backend):
+                run(backend, *args)
+            else:
+                reference(*args)
+
+        return call
+
+    op.kernels.append(name)
+    keys = {"cpu": "CPU", "triton": "CompositeExplicitAutograd", "cuda": "CUDA"}
+    for library in _libraries.values():
+        library.define(name + schema)
+    _libraries["pydistill"].impl(name, reference, "CompositeExplicitAutograd")
+    for backend, key in keys.items():
+        _libraries[_NAMESPACE[backend]].impl(name, on(backend), key)
+    for namespace in _libraries:
+        torch.library.register_fake(f"{namespace}::{name}", _fake_out)
+
+
 def _fake_out(*args: Any) -> None:
     """Every kernel writes into tensors the caller made, so nothing is to be inferred."""
 
@@ -108,6 +143,7 @@ def overload(name: str, backend: str) -> Callable[..., None]:
 
 def has_kernel(name: str, backend: str) -> bool:
     """Whether `backend` has an implementation of kernel `name` in this process."""
+    name = _made_of.get(name, name)
     if backend == "cpu":
         return _native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(
             f"pydistill::{name}", "CPU"

@@ -69,21 +69,70 @@ def prepare(
         raise ValueError(
             "teacher_logits requires grad, but gradients flow to the student only; detach it."
         )
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(KINDS)}.")
     _rows.check_reduction(reduction, denominator)
     backend = _registry.resolve(OP.name, impl, device.type, student_logits.dtype)
     if backend != "reference" and teacher_logits.dtype not in OP.dtypes:
         raise TypeError(
             f"teacher_logits has dtype {teacher_logits.dtype}; cast it, or pass impl='reference'."
         )
+    vocab_size = common_vocab("logits", student_logits.shape[-1], teacher_logits.shape[-1], vocab)
+    shape, rows_s, rows_t = _pairs(student_logits, teacher_logits, student_rows, teacher_rows)
+    rows = row_arguments(
+        kind, beta, alpha, temperature, scale_t2, weight, mask, labels, label_weight, ignore_index,
+        z_loss, convention, vocab_size, shape, student_logits,
+    )  # fmt: skip
+    inputs = Inputs(
+        _rows.flatten(student_logits),
+        _rows.flatten(teacher_logits),
+        rows_s,
+        rows_t,
+        rows.counted,
+        rows.labels,
+        rows.params,
+    )
+    return Call(
+        inputs, rows.options, backend, shape, rows.weight, reduction, denominator,
+        rows.soft_cross_entropy,
+    )  # fmt: skip
 
+
+class RowArguments(NamedTuple):
+    """The checked arguments of a call that say what is done with its rows, wherever their logits
+    come from."""
+
+    options: Options
+    counted: Tensor | None
+    labels: Tensor | None
+    params: Tensor | None
+    weight: Tensor | None
+    soft_cross_entropy: bool
+
+
+def row_arguments(
+    kind: str,
+    beta: float | Tensor | None,
+    alpha: float | Tensor | None,
+    temperature: float | Tensor,
+    scale_t2: bool,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    label_weight: float,
+    ignore_index: int,
+    z_loss: float,
+    convention: str | None,
+    vocab_size: int,
+    shape: tuple[int, ...],
+    like: Tensor,
+) -> RowArguments:
+    """Checks what every row of the prefix `shape` is given; `like` has the call's device and
+    dtype."""
+    device = like.device
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(KINDS)}.")
     rule = find_convention(convention, kind)
     kind, alpha, beta, scale_t2 = rule.apply(kind, alpha, beta, scale_t2)
-    vocab_size = _vocab_size(student_logits, teacher_logits, vocab)
-    shape, rows_s, rows_t = _pairs(student_logits, teacher_logits, student_rows, teacher_rows)
-    options, params = _parameters(kind, temperature, alpha, beta, shape, student_logits)
-
+    options, params = _parameters(kind, temperature, alpha, beta, shape, like)
     label_weight, z_loss = _number("label_weight", label_weight), _number("z_loss", z_loss)
     if not 0.0 <= label_weight <= 1.0:
         raise ValueError(
@@ -95,22 +144,11 @@ def prepare(
     mask = _rows.row_mask(mask, shape, device)
     weight = _rows.row_weight(weight, shape, device)
     counted = _rows.counted_rows(mask, weight, labels, ignore_index)
-
     options = options._replace(
         scale_t2=scale_t2, label_weight=label_weight, z_loss=z_loss, vocab=vocab_size
     )
-    inputs = Inputs(
-        _rows.flatten(student_logits),
-        _rows.flatten(teacher_logits),
-        rows_s,
-        rows_t,
-        counted,
-        labels if label_weight > 0.0 else None,
-        params,
-    )
-    return Call(
-        inputs, options, backend, shape, weight, reduction, denominator, rule.soft_cross_entropy
-    )
+    labels = labels if label_weight > 0.0 else None
+    return RowArguments(options, counted, labels, params, weight, rule.soft_cross_entropy)
 
 
 def _number(name: str, value: object) -> float:
@@ -123,15 +161,15 @@ def _number(name: str, value: object) -> float:
     return float(value)
 
 
-def _vocab_size(student: Tensor, teacher: Tensor, vocab: str) -> int:
-    v_s, v_t = student.shape[-1], teacher.shape[-1]
+def common_vocab(what: str, v_s: int, v_t: int, vocab: str) -> int:
+    """How many tokens of the student's V_s and the teacher's V_t are compared; `what` has that
+    size."""
     if vocab not in ("equal", "min"):
         raise ValueError(f"vocab={vocab!r} is not known; use 'equal' or 'min'.")
     if v_s != v_t and vocab == "equal":
         raise ValueError(
-            f"student_logits has {v_s} tokens and teacher_logits {v_t}; pass vocab='min' to"
-            " compare the first"
-            f" {min(v_s, v_t)}, if both tokenizers share them."
+            f"student_{what} has {v_s} tokens and teacher_{what} {v_t}; pass vocab='min' to"
+            f" compare the first {min(v_s, v_t)}, if both tokenizers share them."
         )
     return min(v_s, v_t)
 
