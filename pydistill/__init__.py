@@ -21,6 +21,9 @@ from pydistill.ops.divergence import (
 from pydistill.ops.linear_divergence import (
     linear_divergence as linear_divergence,
 )
+from pydistill.ops.linear_topk_divergence import (
+    linear_topk_divergence as linear_topk_divergence,
+)
 from pydistill.ops.topk_divergence import (
     topk_divergence as topk_divergence,
 )

@@ -64,7 +64,50 @@ def prepare(
 ) -> Call:
     """Checks every argument and brings the call into the form that kernels take."""
     _rows.check_logits("student_logits", student_logits)
-    device, shape = student_logits.device, tuple(student_logits.shape[:-1])
+    _rows.check_reduction(reduction, denominator)
+    backend = _registry.resolve(OP.name, impl, student_logits.device.type, student_logits.dtype)
+    shape, vocab = tuple(student_logits.shape[:-1]), student_logits.shape[-1]
+    rows = row_arguments(
+        topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
+        scale_t2, weight, mask, vocab, shape, student_logits,
+    )  # fmt: skip
+    student = _rows.flatten(student_logits)
+    inputs = Inputs(student, rows.ids, rows.log_p, rows.log_tail, rows.counted, rows.params)
+    return Call(inputs, rows.options, backend, shape, rows.weight, reduction, denominator)
+
+
+class RowArguments(NamedTuple):
+    """The checked arguments of a call that say what is done with its rows, wherever their logits
+    come from."""
+
+    options: Options
+    ids: Tensor
+    log_p: Tensor
+    log_tail: Tensor | None
+    counted: Tensor | None
+    params: Tensor | None
+    weight: Tensor | None
+
+
+def row_arguments(
+    topk_logprobs: Tensor | TopkTeacher,
+    topk_ids: Tensor | None,
+    kind: str,
+    tail: str,
+    tail_logprob: Tensor | None,
+    beta: float | Tensor | None,
+    temperature: float | Tensor,
+    teacher_temperature: float | None,
+    scale_t2: bool,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    vocab: int,
+    shape: tuple[int, ...],
+    like: Tensor,
+) -> RowArguments:
+    """Checks what every row of the prefix `shape` is given; `like` has the call's device and
+    dtype."""
+    device = like.device
     if kind not in TOPK_KINDS:
         raise ValueError(
             f"kind={kind!r} is not defined on a support; use one of {', '.join(TOPK_KINDS)}."
@@ -76,20 +119,18 @@ def prepare(
             "kind='reverse_kl' is infinite with tail='zero', which gives the teacher nothing where"
             " the student has mass; use tail='bucket' or 'renormalize'."
         )
-    _rows.check_reduction(reduction, denominator)
     if isinstance(topk_logprobs, TopkTeacher):
         given = (topk_ids, tail_logprob, teacher_temperature)
-        teacher = _of_student(topk_logprobs, student_logits.shape[-1], given)
+        teacher = _of_student(topk_logprobs, vocab, given)
         topk_logprobs, topk_ids = teacher.topk_logprobs, teacher.topk_ids
         tail_logprob = teacher.tail_logprob if tail == "bucket" else None
         teacher_temperature = teacher.temperature
     if teacher_temperature is None:
         teacher_temperature = 1.0
     log_p = _logprobs(topk_logprobs, shape, device)
-    ids = _ids(topk_ids, topk_logprobs, student_logits.shape[-1], device)
-    backend = _registry.resolve(OP.name, impl, device.type, student_logits.dtype)
-    dtype = torch.float64 if student_logits.dtype == torch.float64 else torch.float32
-    options, params = _parameters(kind, tail, beta, temperature, shape, student_logits)
+    ids = _ids(topk_ids, topk_logprobs, vocab, device)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    options, params = _parameters(kind, tail, beta, temperature, shape, like)
     options = options._replace(scale_t2=bool(scale_t2))
     log_p, log_tail = _teacher(
         log_p, ids, tail, tail_logprob, temperature, teacher_temperature, shape, dtype
@@ -97,9 +138,7 @@ def prepare(
     mask = _rows.row_mask(mask, shape, device)
     weight = _rows.row_weight(weight, shape, device)
     counted = _rows.counted_rows(mask, weight, None, 0)
-    student = _rows.flatten(student_logits)
-    inputs = Inputs(student, ids, log_p.contiguous(), log_tail, counted, params)
-    return Call(inputs, options, backend, shape, weight, reduction, denominator)
+    return RowArguments(options, ids, log_p.contiguous(), log_tail, counted, params, weight)
 
 
 def _of_student(teacher: TopkTeacher, vocab: int, given: tuple[object, ...]) -> TopkTeacher:
@@ -243,7 +282,7 @@ def _teacher(
             "pydistill.topk_divergence: 1 minus the sum of the teacher's top-k probabilities is"
             f" below 1e-6 in {int((mass > 1 - 1e-6).sum())} rows, less than rounding of the"
             " log-probabilities leaves; pass the recorded tail_logprob.",
-            stacklevel=5,
+            stacklevel=6,
         )
     return log_p.to(dtype), torch.log1p(-mass.clamp(max=1)).to(dtype)
 

@@ -1,0 +1,283 @@
+"""`topk_divergence` of a language-model head's logits, from hidden states: [tokens, V] is never in
+memory.
+
+    loss = topk_divergence(student_hidden @ student_weight.T, topk_logprobs, topk_ids)
+
+with gradients for hidden states, weight and bias. Every kind, tail and option of `topk_divergence`;
+the rows go through its kernels. docs/ops/linear_topk_divergence.md has the cost, and
+pydistill/ops/_linear_head.py how the tiles are cut.
+
+Shapes: hidden states [..., H], weight [V, H], teacher [..., K]; fp32, bf16 or fp16, any mixture
+(fp64 on the reference). Products and logits are fp32 sums of the operands as they are; gradients
+come back in their tensors' dtypes, the weight's rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydistill import _registry
+from pydistill.ops import _linear_autograd as autograd
+from pydistill.ops import _linear_head as linear
+from pydistill.ops import _rows
+from pydistill.ops._topk_divergence_call import RowArguments, duplicate_ids, row_arguments
+from pydistill.ops._topk_teacher import TopkTeacher
+from pydistill.reference.linear_head import Head
+from pydistill.reference.linear_topk_divergence import linear_topk_divergence_reference
+from pydistill.reference.topk_divergence import SAVED, STATUS, Options
+
+OP = _registry.operator("linear_topk_divergence", {torch.float32})
+
+
+def linear_topk_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    topk_logprobs: Tensor | TopkTeacher,
+    topk_ids: Tensor | None = None,
+    kind: str = "forward_kl",
+    *,
+    student_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    tail: str = "bucket",
+    tail_logprob: Tensor | None = None,
+    beta: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    teacher_temperature: float | None = None,
+    scale_t2: bool = False,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    gradient: str = "recompute",
+    impl: str = "auto",
+) -> Tensor:
+    """Divergence of a head's distribution from a teacher known on K tokens a row, differentiable in
+    hidden states, weight and bias.
+
+    Args:
+        student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
+        gradient: as in `pydistill.linear_divergence`.
+        topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
+        scale_t2, weight, mask, reduction, denominator, impl: as in `pydistill.topk_divergence`.
+
+    Returns:
+        A scalar, or the prefix's shape for reduction="none"; fp32, or fp64 for fp64 tensors.
+
+    Raises:
+        ValueError, TypeError: for an argument that cannot be right; the message names the value and
+            the fix. Where values cannot be read for free (under compile, on a GPU) the offending
+            row's loss is NaN instead.
+    """
+    head = linear.check_head(
+        "student", student_hidden, student_weight, student_bias, student_logit_scale,
+        student_softcap,
+    )  # fmt: skip
+    _rows.check_reduction(reduction, denominator)
+    like, shape = linear.widest(head), tuple(student_hidden.shape[:-1])
+    backend = _registry.resolve(OP.name, impl, like.device.type, like.dtype)
+    rows = row_arguments(
+        topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
+        scale_t2, weight, mask, student_weight.shape[0], shape, like,
+    )  # fmt: skip
+    call = Call(head, rows, backend)
+    if autograd.in_forward(gradient, head, reduction, rows.weight):
+        scale = _rows.row_scale(
+            like, rows.weight, rows.counted, reduction, denominator, rows=head.hidden.shape[0]
+        )
+        _check_ids(rows.ids)
+        return autograd.loss_with_gradients(
+            head, rows.counted, call.tensors(), call.numbers(), scale, name=OP.name,
+            backend=backend,
+        )  # fmt: skip
+    loss = _loss_rows(call)
+    return _rows.reduce_rows(loss, rows.weight, rows.counted, reduction, denominator, shape)
+
+
+class Call(NamedTuple):
+    """A checked call."""
+
+    head: Head
+    rows: RowArguments
+    backend: str
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.rows.ids, self.rows.log_p, self.rows.log_tail, self.rows.params)
+
+    def numbers(self) -> tuple[Any, ...]:
+        return (*self.head[3:], *self.rows.options)
+
+
+_TENSORS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? counted, Tensor ids, Tensor log_p, Tensor?"
+    " log_tail, Tensor? params"
+)
+_NUMBERS = (
+    "float scale, float softcap, int kind, int tail_mode, float temperature, float beta, bool"
+    " scale_t2"
+)
+_GRADIENTS = "Tensor(a!) grad_hidden, Tensor(b!) grad_weight, Tensor(c!) grad_bias"
+
+
+def _call(tensors: tuple[Any, ...], numbers: tuple[Any, ...], backend: str) -> Call:
+    """The call that a kernel was given."""
+    counted, ids, log_p, log_tail, params = tensors[3:]
+    rows = RowArguments(Options(*numbers[2:]), ids, log_p, log_tail, counted, params, None)
+    return Call(Head(*tensors[:3], *numbers[:2]), rows, backend)
+
+
+def _reference_rows(head: Head, rows: RowArguments) -> tuple[Tensor, Tensor]:
+    return linear_topk_divergence_reference(
+        head, rows.ids, rows.log_p, rows.log_tail, rows.counted, rows.params, rows.options
+    )
+
+
+def _forward_reference(*args: Any) -> None:
+    call, (loss, saved) = _call(args[:8], args[8:15], "reference"), args[15:]
+    with torch.no_grad():
+        row_loss, status = _reference_rows(call.head, call.rows)
+    loss.copy_(row_loss)
+    saved.zero_()
+    saved[:, STATUS] = status
+
+
+def _backward_reference(*args: Any) -> None:
+    grad_rows, out = args[9], linear.wanted(*args[17:])
+    call = _call(args[:8], args[10:17], "reference")
+    rows = call.rows._replace(counted=grad_rows != 0)
+    linear.reference_gradients(call.head, lambda h: _reference_rows(h, rows)[:1], [grad_rows], out)
+
+
+def _gradients_reference(*args: Any) -> None:
+    tensors, scale_rows, numbers, (loss, *grads) = args[:8], args[8], args[9:16], args[16:]
+    saved = loss.new_empty((loss.shape[0], SAVED))
+    _forward_reference(*tensors, *numbers, loss, saved)
+    _backward_reference(*tensors, saved, scale_rows, *numbers, *grads)
+
+
+class _Rows:
+    """`topk_divergence` as a `linear.RowLoss`, over the rows of `index`."""
+
+    def __init__(self, call: Call, index: Tensor | None, **tensors: Tensor) -> None:
+        self.options, self.backend = call.rows.options, call.backend
+        self.ids, self.log_p = (linear.select(x, index) for x in (call.rows.ids, call.rows.log_p))
+        self.log_tail = linear.select_optional(call.rows.log_tail, index)
+        self.params = linear.select_optional(call.rows.params, index)
+        self.tensors = tensors  # loss, saved and upstream, as far as a direction has them
+
+    def forward(self, logits: Tensor, rows: slice) -> None:
+        teacher, params = self._row_arguments(rows)
+        _registry.overload("topk_divergence_fwd", self.backend)(
+            logits, *teacher, None, params, *self.options, self.tensors["loss"][rows],
+            self.tensors["saved"][rows],
+        )  # fmt: skip
+
+    def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
+        (ids, log_p, log_tail), params = self._row_arguments(rows)
+        inside = (ids >= columns.start) & (ids < columns.stop)
+        ids = torch.where(inside, ids - columns.start, -1)
+        _registry.overload("topk_divergence_bwd", self.backend)(
+            logits, ids, log_p, log_tail, params, self.tensors["saved"][rows],
+            self.tensors["upstream"][rows], *self.options, logits,
+        )  # fmt: skip
+
+    def overwrite(self, logits: Tensor, rows: slice) -> None:
+        teacher, params = self._row_arguments(rows)
+        _registry.overload("topk_divergence_overwrite", self.backend)(
+            logits, *teacher, None, params, self.tensors["upstream"][rows], *self.options,
+            self.tensors["loss"][rows], self.tensors["saved"][rows],
+        )  # fmt: skip
+
+    def _row_arguments(
+        self, rows: slice
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor | None]:
+        log_tail = None if self.log_tail is None else self.log_tail[rows]
+        params = None if self.params is None else self.params[rows]
+        return (self.ids[rows], self.log_p[rows], log_tail), params
+
+
+def _tiles(call: Call, index: Tensor | None) -> linear.Tiles:
+    head = call.head._replace(hidden=linear.select(call.head.hidden, index))
+    return linear.Tiles(head, head.weight.shape[0])
+
+
+def _forward_run(backend: str, *args: Any) -> None:
+    call, (loss, saved) = _call(args[:8], args[8:15], backend), args[15:]
+    with linear.plain(loss):
+        index = linear.rows_where(call.rows.counted)
+        part = linear.Selected(index, loss, saved)
+        rows = _Rows(call, index, loss=part.rows[0], saved=part.rows[1])
+        linear.forward(_tiles(call, index), rows)
+        part.put()
+
+
+def _backward_run(backend: str, *args: Any) -> None:
+    call, out = _call(args[:8], args[10:17], backend), linear.wanted(*args[17:])
+    with linear.plain(args[8]):
+        index = linear.rows_where(args[9] != 0)
+        part = linear.Selected(index, out.hidden)
+        saved, upstream = (linear.select(x, index) for x in args[8:10])
+        rows = _Rows(call, index, saved=saved, upstream=upstream)
+        linear.backward(_tiles(call, index), rows, out._replace(hidden=part.rows[0]))
+        part.put()
+
+
+def _gradients_run(backend: str, *args: Any) -> None:
+    call, out = _call(args[:8], args[9:16], backend), linear.wanted(*args[17:])
+    with linear.plain(args[8]):
+        index = linear.rows_where(call.rows.counted)
+        part = linear.Selected(index, args[16], out.hidden)
+        loss, upstream = part.rows[0], linear.select(args[8], index)
+        saved = loss.new_empty((loss.shape[0], SAVED))
+        rows = _Rows(call, index, loss=loss, saved=saved, upstream=upstream)
+        linear.forward_backward(_tiles(call, index), rows, out._replace(hidden=part.rows[1]))
+        part.put()
+
+
+_registry.composed_kernel(
+    OP,
+    "linear_topk_divergence_fwd",
+    f"({_TENSORS}, {_NUMBERS}, Tensor(a!) loss, Tensor(b!) saved) -> ()",
+    _forward_reference,
+    _forward_run,
+    of="topk_divergence_fwd",
+)
+_registry.composed_kernel(
+    OP,
+    "linear_topk_divergence_bwd",
+    f"({_TENSORS}, Tensor saved, Tensor grad_rows, {_NUMBERS}, {_GRADIENTS}) -> ()",
+    _backward_reference,
+    _backward_run,
+    of="topk_divergence_bwd",
+)
+_registry.composed_kernel(
+    OP,
+    "linear_topk_divergence_gradients",
+    f"({_TENSORS}, Tensor scale_rows, {_NUMBERS}, Tensor(d!) loss, {_GRADIENTS}) -> ()",
+    _gradients_reference,
+    _gradients_run,
+    of="topk_divergence_overwrite",
+)
+
+
+def _loss_rows(call: Call) -> Tensor:
+    """Row losses `[R]`, differentiable; raises for an id that a row names twice."""
+    _check_ids(call.rows.ids)
+    if call.backend == "reference":
+        return _reference_rows(call.head, call.rows)[0]
+    return autograd.rows(
+        call.head, call.rows.counted, call.tensors(), call.numbers(), name=OP.name, outputs=1,
+        saved=SAVED, backend=call.backend,
+    )[0]  # fmt: skip
+
+
+def _check_ids(ids: Tensor) -> None:
+    """Raises for an id that a row names twice, before the products are paid for."""
+    if not _rows.values_readable(ids):
+        return
+    ordered = ids.sort(-1).values
+    if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
+        raise duplicate_ids(ids)
