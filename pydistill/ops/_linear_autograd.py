@@ -48,11 +48,14 @@ def rows(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """The row outputs `[R]` of operator `name`, differentiable in the head's tensors."""
-    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        raise RuntimeError(f"pydistill.{name} has no forward mode; pass impl='reference'.")
+    function = _LinearRowsEager
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(_NO_FORWARD_MODE.format(name))
+        function = _LinearRows  # type: ignore[assignment]
     what = Rows(name, len(tensors), outputs, saved, numbers, backend)
     padded = [*tensors, *[None] * (5 - len(tensors))]
-    out: tuple[Tensor, ...] = _LinearRows.apply(  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, ...] = function.apply(  # type: ignore[no-untyped-call]
         *head[:3], counted, *padded, what
     )
     return out[:outputs]
@@ -106,6 +109,17 @@ class _LinearRows(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 7
 
 
+class _LinearRowsEager(_LinearRows):
+    """The eager form: names the way out of forward mode. Dynamo takes no function with a `jvp`."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(_NO_FORWARD_MODE.format(ctx.what.name))
+
+
+_NO_FORWARD_MODE = "the kernels of pydistill.{} have no forward mode; pass impl='reference'."
+
+
 class _LinearRowsBackward(torch.autograd.Function):
     """(..., saved, upstreams [R]) -> gradients of hidden states, weight and bias; raises if
     differentiated again."""
@@ -153,8 +167,11 @@ class _LinearRowsBackward(torch.autograd.Function):
         )
 
 
-def in_forward(gradient: str, head: Head, reduction: str, weight: Tensor | None) -> bool:
-    """Whether a call computes its gradients with its loss."""
+def in_forward(
+    gradient: str, head: Head, reduction: str, weight: Tensor | None, backend: str
+) -> bool:
+    """Whether a call computes its gradients with its loss; the reference leaves them to
+    autograd."""
     if gradient not in GRADIENTS:
         raise ValueError(f"gradient={gradient!r} is not known; use one of {', '.join(GRADIENTS)}.")
     if gradient == "recompute":
@@ -168,7 +185,8 @@ def in_forward(gradient: str, head: Head, reduction: str, weight: Tensor | None)
             "gradient='in_forward' is for eager mode; under torch.compile pass"
             " gradient='recompute'."
         )
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head[:3])
+    asked = any(x is not None and x.requires_grad for x in head[:3])
+    return torch.is_grad_enabled() and asked and backend != "reference"
 
 
 def loss_with_gradients(

@@ -97,10 +97,11 @@ def linear_divergence(
         beta, alpha, temperature, scale_t2, weight, mask, labels, label_weight, ignore_index,
         z_loss, reduction, denominator, vocab, convention, impl,
     )  # fmt: skip
-    if autograd.in_forward(gradient, call.student, reduction, call.rows.weight):
+    student, row_weight = call.student, call.rows.weight
+    if autograd.in_forward(gradient, student, reduction, row_weight, call.backend):
         return _in_forward(call)
     return _rows.reduce_rows(
-        _loss_rows(call), call.rows.weight, call.rows.counted, reduction, denominator, call.shape
+        _loss_rows(call), row_weight, call.rows.counted, reduction, denominator, call.shape
     )
 
 

@@ -84,7 +84,7 @@ def linear_topk_divergence(
         scale_t2, weight, mask, student_weight.shape[0], shape, like,
     )  # fmt: skip
     call = Call(head, rows, backend)
-    if autograd.in_forward(gradient, head, reduction, rows.weight):
+    if autograd.in_forward(gradient, head, reduction, rows.weight, backend):
         scale = _rows.row_scale(
             like, rows.weight, rows.counted, reduction, denominator, rows=head.hidden.shape[0]
         )

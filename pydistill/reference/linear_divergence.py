@@ -19,6 +19,6 @@ def linear_divergence_reference(
 ) -> Tensor:
     """Row losses `[R]`, differentiable in the student's hidden states, weight and bias."""
     with torch.no_grad():
-        theirs = head_logits(teacher)
-    inputs = Inputs(head_logits(student), theirs, None, None, counted, labels, params)
+        theirs = head_logits(teacher, counted)
+    inputs = Inputs(head_logits(student, counted), theirs, None, None, counted, labels, params)
     return divergence_reference(inputs, options)[0]

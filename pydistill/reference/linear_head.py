@@ -23,11 +23,16 @@ class Head(NamedTuple):
     softcap: float = 0.0  # 0: none
 
 
-def head_logits(head: Head) -> Tensor:
-    """`[R, V]`; fp32 for half tensors, else in the widest of the tensors' precisions."""
+def head_logits(head: Head, counted: Tensor | None = None) -> Tensor:
+    """`[R, V]`; fp32 for half tensors, else in the widest of the tensors' precisions. Rows that do
+    not count are not read."""
     dtype = torch.promote_types(head.hidden.dtype, head.weight.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    logits = head.hidden.to(dtype) @ head.weight.to(dtype).T
+    hidden = head.hidden.to(dtype)
+    if counted is not None:
+        hidden = torch.where(counted[:, None], hidden, 0)
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the product
+        logits = hidden @ head.weight.to(dtype).T
     if head.bias is not None:
         logits = logits + head.bias.to(dtype)
     logits = logits * head.scale

@@ -18,5 +18,5 @@ def linear_topk_divergence_reference(
     options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Row losses `[R]`, differentiable in hidden states, weight and bias, and the rows' STATUS."""
-    inputs = Inputs(head_logits(head), ids, log_p, log_tail, counted, params)
+    inputs = Inputs(head_logits(head, counted), ids, log_p, log_tail, counted, params)
     return topk_divergence_reference(inputs, options)

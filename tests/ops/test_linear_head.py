@@ -1,0 +1,250 @@
+"""What the fused-linear operators share: tiles, gradients of a head's tensors, autograd,
+compile."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pydistill import _native, _registry, linear_divergence, linear_topk_divergence
+from pydistill.ops import _linear_head
+from pydistill.reference.divergence import KINDS, SAVED
+
+OP = "linear_divergence"
+close = torch.testing.assert_close
+Call = Callable[..., Tensor]
+
+
+def dense(rows: int, v: int, h: int = 8) -> Call:
+    theirs, head = torch.randn(rows, 5), torch.randn(v, 5)
+    labels = torch.randint(0, v, (rows,))
+    options: dict[str, Any] = {"labels": labels, "label_weight": 0.3, "z_loss": 0.01}
+
+    def call(student_hidden: Tensor, student_weight: Tensor, /, **more: Any) -> Tensor:
+        return linear_divergence(
+            student_hidden, student_weight, theirs, head, "jsd", **{**options, **more}
+        )
+
+    return call
+
+
+def sparse(rows: int, v: int, h: int = 8) -> Call:
+    log_p, ids = torch.log_softmax(torch.randn(rows, v), -1).topk(5)
+    return partial(linear_topk_divergence, topk_logprobs=log_p, topk_ids=ids, kind="reverse_kl")
+
+
+OPS = pytest.mark.parametrize("make", [dense, sparse])
+needs_native = pytest.mark.skipif(
+    not _native.available(), reason="the definition has derivatives of any order"
+)
+
+
+def student(
+    rows: int, v: int, h: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.randn(rows, h).to(dtype).requires_grad_(),
+        torch.randn(v, h).to(dtype).requires_grad_(),
+    )
+
+
+@OPS
+@pytest.mark.parametrize("mode", ["recompute", "in_forward"])
+def test_tiles_do_not_matter(make: Any, mode: str, each_cpu: str, monkeypatch: Any) -> None:
+    call, (hidden, weight) = make(13, 100), student(13, 100)
+    mask = torch.arange(13) % 5 != 2
+    outcomes = []
+    for rows, tile_rows, tile_columns in ((192, 1024, 2048), (3, 4, 7), (1, 1, 99)):
+        monkeypatch.setattr(_linear_head, "BLOCK_ROWS", rows)
+        monkeypatch.setattr(_linear_head, "TILE_ROWS", tile_rows)
+        monkeypatch.setattr(_linear_head, "TILE_COLUMNS", tile_columns)
+        loss = call(hidden, weight, mask=mask, gradient=mode, impl=each_cpu)
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    for other in outcomes[1:]:
+        for got, want in zip(other, outcomes[0], strict=True):
+            close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_blocks_are_bounded_in_bytes() -> None:
+    assert _linear_head.block_rows(100) == _linear_head.BLOCK_ROWS
+    assert _linear_head.block_rows(1 << 20) * (1 << 22) <= _linear_head.BLOCK_BYTES
+    assert _linear_head.block_rows(1 << 40) == 1
+    for size in (0, 1, 191, 192, 193, 1024):
+        parts = list(_linear_head.spans(size, 192))
+        assert [i for s in parts for i in range(s.start, s.stop)] == list(range(size))
+        assert all(0 < s.stop - s.start <= 192 for s in parts)
+
+
+@OPS
+def test_any_upstream_and_a_second_backward(make: Any, impl: str) -> None:
+    call, (hidden, weight) = make(6, 50), student(6, 50)
+    loss = call(hidden, weight, reduction="none", impl=impl)
+    upstream = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5, 1e-3])
+    first = torch.autograd.grad(loss, (hidden, weight), upstream, retain_graph=True)
+    second = torch.autograd.grad(3 * loss, (hidden, weight), upstream)
+    for a, b in zip(first, second, strict=True):
+        close(b, 3 * a)
+    assert not first[0][2].any()
+    alone = [call(hidden, weight, reduction="none", impl=impl)[i] for i in range(6)]
+    parts = [torch.autograd.grad(x, weight)[0] * u for x, u in zip(alone, upstream, strict=True)]
+    close(first[1], torch.stack(parts).sum(0), rtol=1e-5, atol=1e-6)
+
+
+@OPS
+def test_in_forward_is_for_one_backward(make: Any, kernel_impl: str) -> None:
+    if not _native.available():
+        pytest.skip("the reference leaves gradients to autograd")
+    call, (hidden, weight) = make(6, 50), student(6, 50)
+    loss = call(hidden, weight, gradient="in_forward", impl=kernel_impl)
+    (2.5 * loss).backward(retain_graph=True)
+    want = torch.autograd.grad(2.5 * call(hidden, weight, impl=kernel_impl), (hidden, weight))
+    close((hidden.grad, weight.grad), want, rtol=1e-5, atol=1e-7)
+    with pytest.raises(RuntimeError, match="for one backward"):
+        loss.backward()
+    again = call(hidden, weight, gradient="in_forward", impl=kernel_impl)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(again, hidden, create_graph=True)
+    with torch.no_grad():
+        assert not call(hidden, weight, gradient="in_forward", impl=kernel_impl).requires_grad
+    row_weight = torch.ones(6, requires_grad=True)
+    with pytest.raises(ValueError, match="no gradient to weight"):
+        call(hidden, weight, weight=row_weight, gradient="in_forward", impl=kernel_impl)
+
+
+@OPS
+@pytest.mark.parametrize("mode", ["recompute", "in_forward"])
+def test_a_frozen_tensor_costs_no_product(
+    make: Any, mode: str, each_cpu: str, monkeypatch: Any
+) -> None:
+    """Counted by the products that run: logits, hidden and weight."""
+    products: list[tuple[int, ...]] = []
+    plain = _linear_head.product
+
+    def counting(a: Tensor, b: Tensor, out: Tensor, **more: Any) -> None:
+        products.append(tuple(out.shape))
+        plain(a, b, out, **more)
+
+    monkeypatch.setattr(_linear_head, "product", counting)
+    call = make(6, 50)
+    for frozen in (0, 1):
+        tensors = list(student(6, 50))
+        tensors[frozen] = tensors[frozen].detach()
+        products.clear()
+        loss = call(*tensors, gradient=mode, impl=each_cpu)
+        (grad,) = torch.autograd.grad(loss, tensors[1 - frozen])
+        assert grad.shape in products and tensors[frozen].shape not in products
+
+
+@OPS
+def test_rows_that_do_not_count_cost_nothing(make: Any, each_cpu: str, monkeypatch: Any) -> None:
+    rows: list[int] = []
+    plain = _linear_head.Tiles.logits
+
+    def counting(self: Any, at: slice, columns: slice) -> Tensor:
+        rows.append(at.stop - at.start)
+        return plain(self, at, columns)
+
+    monkeypatch.setattr(_linear_head.Tiles, "logits", counting)
+    call, (hidden, weight) = make(9, 50), student(9, 50)
+    with torch.no_grad():
+        hidden[4] = torch.nan
+    mask = torch.arange(9) % 4 != 0
+    loss = call(hidden, weight, mask=mask, reduction="none", impl=each_cpu)
+    grads = torch.autograd.grad(loss.sum(), (hidden, weight))
+    assert set(rows) == {6}
+    assert loss.isfinite().all() and all(g.isfinite().all() for g in grads)
+    assert not loss[~mask].any() and not grads[0][~mask].any()
+
+
+@OPS
+@pytest.mark.parametrize("mode", ["recompute", "in_forward"])
+def test_under_autocast(make: Any, mode: str, impl: str) -> None:
+    """fp32 master weights beside bf16 hidden states: products keep fp32 sums, gradients their
+    tensors' dtypes."""
+    call, (hidden, weight) = make(6, 50), student(6, 50)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = torch.nn.functional.linear(hidden, torch.eye(8))
+        assert half.dtype == torch.bfloat16
+        loss = call(half, weight, gradient=mode, impl=impl)
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.dtype == torch.float32 and {g.dtype for g in grads} == {torch.float32}
+    exact = half.detach().float().requires_grad_()
+    want = call(exact, weight, impl="reference")
+    close(loss, want, rtol=1e-5, atol=1e-6)
+    close(grads[1], torch.autograd.grad(want, weight)[0], rtol=1e-4, atol=1e-6)
+
+
+@OPS
+@needs_native
+def test_second_derivatives_raise(make: Any, kernel_impl: str) -> None:
+    call, (hidden, weight) = make(6, 50), student(6, 50)
+    loss = call(hidden, weight, impl=kernel_impl)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only; pass impl='reference'"):
+        grad.sum().backward()
+    tangent = torch.ones_like(hidden)
+    with pytest.raises(RuntimeError, match="no forward mode; pass impl='reference'"):
+        torch.func.jvp(
+            lambda h: call(h, weight.detach(), impl=kernel_impl), (hidden.detach(),), (tangent,)
+        )
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    if make is sparse:
+        (first,) = torch.autograd.grad(call(*exact, impl="reference"), exact[0], create_graph=True)
+        assert torch.autograd.grad(first.sum(), exact[1])[0].any()
+
+
+@OPS
+def test_func_grad(make: Any, kernel_impl: str) -> None:
+    call, (hidden, weight) = make(6, 50), student(6, 50)
+    f = partial(call, impl=kernel_impl)
+    got = torch.func.grad(f, argnums=(0, 1))(hidden.detach(), weight.detach())
+    close(got, torch.autograd.grad(f(hidden, weight), (hidden, weight)))
+
+
+@OPS
+def test_results_do_not_depend_on_threads(make: Any, each_cpu: str) -> None:
+    call, (hidden, weight) = make(40, 700), student(40, 700)
+    outcomes = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        loss = call(hidden, weight, impl=each_cpu)
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    for other in outcomes[1:]:
+        for a, b in zip(outcomes[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_strided_tensors(impl: str) -> None:
+    call = dense(6, 50)
+    hidden, weight = torch.randn(8, 6).T, torch.randn(50, 16)[:, ::2]
+    close(
+        call(hidden, weight, impl=impl), call(hidden.contiguous(), weight.contiguous(), impl=impl)
+    )
+
+
+def test_opcheck() -> None:
+    """That the kernels' schemas say what they write."""
+    head = (torch.randn(4, 8), torch.randn(30, 8), None)
+    tensors = (
+        *head,
+        torch.tensor([True, False, True, True]),
+        torch.randn(4, 5),
+        torch.randn(30, 5),
+    )
+    tensors = (*tensors, None, None, torch.tensor([[1.5, 0.0, 0.5]] * 4))
+    numbers = (1.0, 0.0, 1.0, 0.0, KINDS["jsd"].id, 1.0, 0.0, 0.5, True, 0.0, 0.0, 30)
+    loss, saved, upstream = torch.zeros(4), torch.zeros(4, SAVED), torch.rand(4)
+    grads = (torch.zeros(4, 8), torch.zeros(30, 8), torch.zeros(0))
+    _registry.overload("linear_divergence_fwd", "cpu")(*tensors, *numbers, loss, saved)
+    for name, arguments in {
+        "fwd": (*tensors, *numbers, loss, saved),
+        "bwd": (*tensors, saved, upstream * tensors[3], *numbers, *grads),
+        "gradients": (*tensors, upstream * tensors[3], *numbers, loss, *grads),
+    }.items():
+        torch.library.opcheck(
+            _registry.overload(f"linear_divergence_{name}", "cpu"), arguments,
+            test_utils=("test_schema", "test_faketensor"),
+        )  # fmt: skip
