@@ -12,11 +12,11 @@ Every result is a constant: inputs are detached, so a weight never carries a gra
 fp64, fp32, bf16 or fp16; results are fp32, or fp64 if an input is (masks are bool). Sequences are
 the last dimension, under any leading shape; `mask` is True where an element counts. What does not
 count is never read, and gets weight 0 (mask False, temperature 1). NaN stays within its sequence.
-
-Every function raises TypeError for a wrong type or dtype and ValueError for a wrong shape, device
-or range, naming the value and the fix. Elements are checked in eager calls on a CPU; under compile
-and on a GPU, where reading them would stall, what a bad one reaches is NaN (mask False).
 docs/weights.md has the sources and limits.
+
+TypeError names a wrong type or dtype, ValueError a wrong shape, device or value. Elements are
+checked in eager calls on a CPU; under compile and on a GPU, where reading them would stall, what a
+bad one reaches is NaN (mask False).
 
 Sums over a sequence run in fp64: they are small beside one row of logits, and an order of addition
 that varies (`scatter_add_` on a GPU) then does not show in fp32. Only `entropy` and
@@ -34,7 +34,7 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-ESTIMATORS = ("plugin", "posterior", "unbiased")
+ROUNDING = 1e-3  # nats by which another's log-probability may exceed 0, or entropy miss it
 BLOCK = 1 << 20  # logits in fp32 at once, 4 MB
 
 
@@ -76,10 +76,7 @@ def pass_rate_weight(
                      minimum-variance estimator unbiased for every p (Lehmann-Scheffe). Integer
                      exponents, n >= alpha + beta; reads no prior; 0 if c < alpha or n - c < beta.
 
-    Args:
-        correct, samples, prior: as in `pass_rate`. alpha, beta: exponents >= 0; 0^0 is 1.
-
-    Returns: fp32 `[...]`.
+    `correct`, `samples`, `prior` and the result as in `pass_rate`; exponents >= 0, 0^0 is 1.
     """
     alpha, beta = _number("alpha", alpha, 0), _number("beta", beta, 0)
     c, n = _counts(correct, samples)
@@ -93,7 +90,7 @@ def pass_rate_weight(
         posterior = _log_beta(c + a0 + alpha, n - c + b0 + beta)
         return (posterior - _log_beta(c + a0, n - c + b0)).exp().float()
     if estimator != "unbiased":
-        raise ValueError(f"estimator={estimator!r} is not known; use {', '.join(ESTIMATORS)}.")
+        raise ValueError(f"estimator={estimator!r} is not known; use plugin, posterior, unbiased.")
     if alpha % 1 or beta % 1:
         raise ValueError(f'alpha={alpha:g}, beta={beta:g} must be integers; use "posterior".')
     degree = int(alpha + beta)
@@ -154,9 +151,7 @@ def segment_ratio(
 
     A token that the teacher alone excludes makes its segment 0, one that the student alone excludes
     +inf, both kinds together NaN; excluded by both it counts as ratio 1. A mean above 88 nats is
-    +inf in fp32.
-
-    Args, Returns: as in `step_weight`.
+    +inf in fp32. Arguments and result as in `step_weight`.
     """
     ratio, index, counted = _log_ratio(teacher_logprob, student_logprob, segments, mask)
     weight = _segment_mean(ratio, index, counted).exp().masked_fill(~counted, 0)
@@ -177,10 +172,7 @@ def entropy_gap_weight(
 ) -> Tensor:
     """sigmoid(H_S - H_T), elementwise: above 1/2 where the student is less sure than the teacher.
 
-    Args:
-        student_entropy, teacher_entropy: nats >= 0, one shape `[...]`. mask: bool `[...]`.
-
-    Returns: `[...]` in [0, 1].
+    Entropies in nats >= 0 and mask have one shape `[...]`, the result's.
     """
     _float("student_entropy", student_entropy)
     _float("teacher_entropy", teacher_entropy, like=student_entropy)
@@ -204,11 +196,10 @@ def entropy_temperature(
     """The temperature tau of each row at which the entropy of softmax(logits / tau) is
     H + gain sigmoid(slope (H - center)), with H the entropy at temperature 1.
 
-    H(tau) never falls as tau rises (its derivative is Var(z) / tau^3 >= 0), so bisection finds the
-    one solution in [low, high]; a target below H(low) gives exactly `low`, one above H(high), as of
-    a uniform or one-hot row, exactly `high`. In between, tau is within
-    (high - low) / 2^(iterations + 1), 2e-7 by default, of a root of H as computed, whose error is
-    about 1e-6 in fp32.
+    H(tau) never falls as tau rises (its derivative is Var(z) / tau^3), so bisection finds the one
+    solution in [low, high]. A target below H(low) gives exactly `low`; one above H(high), as of a
+    uniform or one-hot row, exactly `high`. In between, tau is within (high - low) / 2^(iterations
+    + 1), 2e-7 by default, of a root of H as computed, which fp32 gives to about 1e-6.
 
     Args:
         logits: `[..., V]`, as in `entropy`. gain, slope, center: numbers; gain >= 0, in nats.
@@ -221,9 +212,7 @@ def entropy_temperature(
     center, low = _number("center", center), _number("low", low, 0.1, 10)
     high = _number("high", high, low, 10, open_low=True)
     if type(iterations) is not int or not 1 <= iterations <= 60:
-        raise ValueError(
-            f"iterations={iterations!r} is not an int from 1 to 60; 20 is the default."
-        )
+        raise ValueError(f"iterations={iterations!r} is not an int from 1 to 60; pass 20, say.")
 
     def solve(rows: Tensor) -> Tensor:
         h = _row_entropy(rows)
@@ -270,10 +259,8 @@ def top_entropy_mask(
     the quantile of a batch, as in that paper, flatten: `top_entropy_mask(h.flatten(), 0.2,
     mask=m.flatten()).view_as(h)`.
 
-    Args:
-        entropy: nats >= 0 `[..., T]`. fraction: in (0, 1]. mask: bool `[..., T]`.
-
-    Returns: bool `[..., T]`; False in a row with a NaN.
+    Entropies in nats >= 0, mask and the bool result are `[..., T]`; fraction is in (0, 1]. A row
+    with a NaN is False.
     """
     fraction = _number("fraction", fraction, 0, 1, open_low=True)
     counted = _counted(mask, _sequence("entropy", entropy))
@@ -318,7 +305,7 @@ def margin_calibrate(
 
 
 def _counts(correct: Tensor, samples: Tensor | int) -> tuple[Tensor, Tensor]:
-    """c and n in fp64, broadcast and checked."""
+    """c and n in fp64, checked."""
     _tensor("correct", correct, INTEGERS, "an integer tensor of correct samples")
     if type(samples) is not int:
         _tensor("samples", samples, INTEGERS, "an int or an integer tensor", like=correct)
@@ -353,8 +340,8 @@ def _log_ratio(
     _tensor("segments", segments, INTEGERS, "an integer tensor", like=teacher)
     counted = _counted(mask, teacher) & (segments >= 0)
     log_p, log_q = (x.detach().double().masked_fill(~counted, 0) for x in (teacher, student))
-    log_p = _checked(log_p, log_p > 0, "teacher_logprob", "pass log-probabilities, <= 0")
-    log_q = _checked(log_q, log_q > 0, "student_logprob", "pass log-probabilities, <= 0")
+    log_p = _checked(log_p, log_p > ROUNDING, "teacher_logprob", "pass log-probabilities, <= 0")
+    log_q = _checked(log_q, log_q > ROUNDING, "student_logprob", "pass log-probabilities, <= 0")
     length = segments.shape[-1]
     index = segments.long().masked_fill(~counted, 0)
     beyond = index >= length
@@ -399,7 +386,7 @@ def _row_entropy(rows: Tensor, temperature: Tensor | None = None) -> Tensor:
 def _entropies(name: str, value: Tensor, counted: Tensor) -> Tensor:
     """fp64, 0 where not counted, and 0 for a negative entropy within rounding."""
     h = value.detach().double().masked_fill(~counted, 0)
-    bad = (h < -1e-3) | (h == math.inf)
+    bad = (h < -ROUNDING) | (h == math.inf)
     return _checked(h, bad, name, "pass entropies in nats, >= 0").clamp_min(0)
 
 
