@@ -133,8 +133,7 @@ def step_weight(
     d = _segment_mean(ratio.abs(), index, counted)
     first = index.masked_fill(~counted, index.shape[-1] - 1).amin(-1, keepdim=True)
     # The first segment's mean is that of any of its tokens: the largest over them picks one.
-    here = counted & (index == first)
-    d_1 = d.masked_fill(~here, 0).amax(-1, keepdim=True)
+    d_1 = d.masked_fill(index != first, 0).amax(-1, keepdim=True)
     weight = torch.where(d == d_1, 1.0, (d_1 + eps) / (d + eps)).clamp_max(1 + delta)
     return _like(weight.masked_fill(~counted, 0), teacher_logprob, student_logprob)
 
@@ -218,7 +217,7 @@ def entropy_temperature(
         h = _row_entropy(rows)
         target = h + gain * torch.sigmoid(slope * (h - center))
         below, above = torch.full_like(h, low), torch.full_like(h, high)
-        under, over = target <= _row_entropy(rows, below), target >= _row_entropy(rows, above)
+        under, over = target <= _row_entropy(rows, below), target > _row_entropy(rows, above)
         for _ in range(iterations):
             middle = (below + above) / 2
             rise = _row_entropy(rows, middle) < target

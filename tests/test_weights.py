@@ -441,6 +441,8 @@ def test_entropy_temperature_ends_and_masks() -> None:
     # Without gain the target is H itself, below H(1.1).
     got = weights.entropy_temperature(torch.randn(4, 50).double(), gain=0.0)
     assert got.tolist() == [1.1] * 4
+    for z_0 in (torch.randn(4, 50), torch.zeros(4, 50)):
+        assert weights.entropy_temperature(z_0, gain=0.0, low=1.0).tolist() == [1.0] * 4
     assert weights.entropy_temperature(z[:2].double()).tolist() == [1.5] * 2
     masked_nan = weights.entropy_temperature(z, mask=torch.tensor([T, T, F, F, T, T]))
     assert masked_nan[2:4].tolist() == [1, 1]
