@@ -6,30 +6,17 @@ from pydistill import _native as _native
 from pydistill.ops._conventions import CONVENTIONS as CONVENTIONS
 from pydistill.ops._topk_teacher import TopkTeacher as TopkTeacher
 from pydistill.ops.cache_decode import cache_decode as cache_decode
-from pydistill.ops.divergence import (
-    DivergenceStats as DivergenceStats,
-)
-from pydistill.ops.divergence import (
-    divergence as divergence,
-)
-from pydistill.ops.divergence import (
-    divergence_jvp as divergence_jvp,
-)
-from pydistill.ops.divergence import (
-    divergence_with_stats as divergence_with_stats,
-)
-from pydistill.ops.linear_divergence import (
-    linear_divergence as linear_divergence,
-)
-from pydistill.ops.linear_topk_divergence import (
-    linear_topk_divergence as linear_topk_divergence,
-)
-from pydistill.ops.topk_divergence import (
-    topk_divergence as topk_divergence,
-)
-from pydistill.ops.topk_divergence import (
-    topk_divergence_jvp as topk_divergence_jvp,
-)
+from pydistill.ops.divergence import DivergenceStats as DivergenceStats
+from pydistill.ops.divergence import divergence as divergence
+from pydistill.ops.divergence import divergence_jvp as divergence_jvp
+from pydistill.ops.divergence import divergence_with_stats as divergence_with_stats
+from pydistill.ops.linear_divergence import linear_divergence as linear_divergence
+from pydistill.ops.linear_topk_divergence import linear_topk_divergence as linear_topk_divergence
+from pydistill.ops.token_logprob import TokenLogprob as TokenLogprob
+from pydistill.ops.token_logprob import token_logprob as token_logprob
+from pydistill.ops.token_logprob import token_logprob_jvp as token_logprob_jvp
+from pydistill.ops.topk_divergence import topk_divergence as topk_divergence
+from pydistill.ops.topk_divergence import topk_divergence_jvp as topk_divergence_jvp
 from pydistill.reference.divergence import KINDS as KINDS
 
 try:
