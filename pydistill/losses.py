@@ -1,18 +1,26 @@
-"""The divergences as modules, for trainers that hold their loss as an object.
+"""The divergences as modules, for trainers that hold their loss as an object, and losses on the
+log-probabilities of sampled tokens.
 
-Each is `pydistill.divergence` with its kind fixed: options are given once, tensors at every call.
+Each module is `pydistill.divergence` with its kind fixed: options are given once, tensors at every
+call.
 
     loss = ReverseKL(temperature=2.0)(student_logits, teacher_logits, mask=completion_mask)
 
 They hold no parameters and no state. `kind`'s own parameters (`beta`, `alpha`) come first.
+
+`opd_loss` is the reverse KL estimated on the student's own samples, where of the teacher only the
+sampled tokens' log-probabilities are known.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from pydistill.ops import _rows
 from pydistill.ops.divergence import divergence
 
 
@@ -183,6 +191,85 @@ class ToDi(Divergence):
 
     def __init__(self, **options: Any) -> None:
         super().__init__("todi", **options)
+
+
+def opd_loss(
+    student_logprob: Tensor,
+    teacher_logprob: Tensor,
+    *,
+    clip: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    """On-policy distillation on sampled tokens: a policy gradient whose reward is how much likelier
+    the teacher finds each token than the student does.
+
+        advantage = stop_gradient(teacher_logprob - student_logprob)      clipped to [-clip, clip]
+        loss      = -advantage * student_logprob
+
+    Over tokens drawn from the student, the mean of the gradient is that of the reverse KL,
+    sum q (log q - log p): grad q = q grad log q, and the mean of grad log q is 0. The value is no
+    divergence and is not to be watched; the mean of student_logprob - teacher_logprob estimates the
+    KL. (That mean itself must not be minimised: its gradient is 0 on average.)
+
+    Along a sequence this is the reverse KL of every position given its prefix, with the prefix's
+    own probability held fixed (a discount of 0, as on-policy distillation is usually run).
+    Clipping, and tokens drawn from anything but the student at the temperature of
+    `student_logprob`, bias the gradient. For a student that has moved since it drew them, the
+    importance ratio is a weight: `weight=(student_logprob - sampler_logprob).exp().detach()`.
+
+    Args:
+        student_logprob: `[...]`, log-probabilities of the sampled tokens, as `token_logprob` gives
+            them; the gradient flows here.
+        teacher_logprob: `[...]`, the teacher's of the same tokens; no gradient.
+        clip: largest size of the advantage; None does not clip, and a token that the teacher
+            excludes (-inf) then makes the loss infinite.
+        weight: `[...]`, factors of the tokens, detached.
+        mask: bool `[...]`; tokens that are False are 0, whatever their log-probabilities.
+        reduction: "mean" over counted tokens (sum of weight * loss / sum of weight), "sum", "none".
+        denominator: of the mean, in place of the counted weight.
+
+    Returns:
+        A scalar, or `[...]` for reduction="none"; fp32, or fp64 for fp64 log-probabilities.
+
+    Raises:
+        ValueError, TypeError: for an argument that cannot be right.
+
+    Source: the score function (Williams 1992) with the log-ratio as its reward; arXiv 2306.08543.
+    """
+    for name, x in (("student_logprob", student_logprob), ("teacher_logprob", teacher_logprob)):
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} is {got}; pass floating-point log-probabilities, one a token.")
+    shape = tuple(student_logprob.shape)
+    if tuple(teacher_logprob.shape) != shape:
+        raise ValueError(
+            f"teacher_logprob has shape {tuple(teacher_logprob.shape)}, student_logprob {shape};"
+            " pass both of the same tokens."
+        )
+    for name, given in (("teacher_logprob", teacher_logprob), ("weight", weight)):
+        if isinstance(given, Tensor) and given.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but gradients flow to student_logprob only; detach it."
+            )
+    if clip is not None:
+        _rows.check_range("clip", clip, 0.0, math.inf, fix="pass a positive size, or None.")
+    _rows.check_reduction(reduction, denominator)
+    device = student_logprob.device
+    _rows.check_device("teacher_logprob", teacher_logprob, device)
+    mask = _rows.row_mask(mask, shape, device)
+    weight = _rows.row_weight(weight, shape, device)
+    counted = _rows.counted_rows(mask, weight, None, 0)
+    dtype = torch.promote_types(student_logprob.dtype, torch.float32)
+    student, teacher = (x.reshape(-1).to(dtype) for x in (student_logprob, teacher_logprob))
+    if counted is not None:
+        student, teacher = (torch.where(counted, x, 0) for x in (student, teacher))
+    advantage = (teacher - student).detach()
+    if clip is not None:
+        advantage = advantage.clamp(-clip, clip)
+    return _rows.reduce_rows(-advantage * student, weight, counted, reduction, denominator, shape)
 
 
 def _is_default(name: str, value: object) -> bool:

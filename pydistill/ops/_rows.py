@@ -76,7 +76,7 @@ def row_index(name: str, index: Tensor | None, limit: int, device: torch.device)
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
     if x.device != device:
         raise ValueError(
-            f"{name} is on {x.device} and student_logits on {device}; move one of them."
+            f"{name} is on {x.device} and the other arguments on {device}; move one of them."
         )
 
 
