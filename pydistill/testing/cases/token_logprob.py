@@ -22,14 +22,17 @@ from pydistill.testing.case import Case, Expected, Tolerance
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 
-# An exponential is off by what rounding makes of its argument: at k (m - z) = 85, 1.8e-6. The
-# outputs' atol only admits what fp32 cannot hold: exponentials below its normal range.
+# The outputs' atol only admits what fp32 cannot hold: exponentials below its normal range.
 TOLERANCES = {
     "logprob": Tolerance(2e-6, 1e-37),
     "entropy": Tolerance(2e-6, 1e-37),
     "grad": Tolerance(5e-6, 5e-6),
     "tangent": Tolerance(1e-5, 1e-5),
 }
+
+# An exponential is off by what rounding makes of its argument: at k (m - z) = 85, 1.8e-6 on the CPU,
+# 2.1e-6 in Triton, and up to 1e-5 on GPUs, whose exp rounds it once more.
+PEAKED = {"logprob": Tolerance(1e-5, 1e-37), "entropy": Tolerance(1e-5, 1e-37)}
 
 
 def _rows(pattern: str, rows: int, v: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -96,7 +99,7 @@ def _case(
         shape=(rows, v),
         dtypes=(dtype,),
         options=options,
-        tolerances=TOLERANCES,
+        tolerances={**TOLERANCES, **(PEAKED if pattern == "peaked" else {})},
         bytes={"forward": row, "backward": 2 * row},
         flops={"forward": 5 * rows * v, "backward": 5 * rows * v},
         marks=frozenset(marks),
