@@ -17,6 +17,8 @@ from pydistill.ops.token_logprob import token_logprob as token_logprob
 from pydistill.ops.token_logprob import token_logprob_jvp as token_logprob_jvp
 from pydistill.ops.topk_divergence import topk_divergence as topk_divergence
 from pydistill.ops.topk_divergence import topk_divergence_jvp as topk_divergence_jvp
+from pydistill.ops.topk_logprobs import TopkLogprobs as TopkLogprobs
+from pydistill.ops.topk_logprobs import topk_logprobs as topk_logprobs
 from pydistill.reference.divergence import KINDS as KINDS
 
 try:
