@@ -11,6 +11,7 @@ from pydistill.ops.divergence import divergence as divergence
 from pydistill.ops.divergence import divergence_jvp as divergence_jvp
 from pydistill.ops.divergence import divergence_with_stats as divergence_with_stats
 from pydistill.ops.linear_divergence import linear_divergence as linear_divergence
+from pydistill.ops.linear_token_logprob import linear_token_logprob as linear_token_logprob
 from pydistill.ops.linear_topk_divergence import linear_topk_divergence as linear_topk_divergence
 from pydistill.ops.token_logprob import TokenLogprob as TokenLogprob
 from pydistill.ops.token_logprob import token_logprob as token_logprob

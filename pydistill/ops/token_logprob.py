@@ -129,20 +129,27 @@ def _prepare(
     _rows.check_logits("logits", logits)
     device, shape = logits.device, tuple(logits.shape[:-1])
     mask = _rows.row_mask(mask, shape, device)
-    rows = _row_ids(ids, shape, mask, logits.shape[-1], device)
+    rows = row_ids(ids, shape, mask, logits.shape[-1], device)
     backend = _registry.resolve(OP.name, impl, device.type, logits.dtype)
-    t = _rows.row_scalar("temperature", temperature)
-    _rows.check_range("temperature", t, 0.0, math.inf, fix="pass a positive, finite temperature.")
-    params = None
-    if isinstance(t, Tensor):
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        params = _rows.row_values("temperature", t.detach(), shape, device).to(dtype).contiguous()
-        t = 1.0
+    t, params = row_temperature(temperature, shape, logits)
     counted = None if mask is None else mask.contiguous()
     return _Call(Inputs(_rows.flatten(logits), rows, counted, params), t, backend, shape)
 
 
-def _row_ids(
+def row_temperature(
+    temperature: float | Tensor, shape: tuple[int, ...], like: Tensor
+) -> tuple[float, Tensor | None]:
+    """The scalar, or 1 and one value a row `[R]`; `like` has the call's device and dtype."""
+    t = _rows.row_scalar("temperature", temperature)
+    _rows.check_range("temperature", t, 0.0, math.inf, fix="pass a positive, finite temperature.")
+    if not isinstance(t, Tensor):
+        return t, None
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    rows = _rows.row_values("temperature", t.detach(), shape, like.device)
+    return 1.0, rows.to(dtype).contiguous()
+
+
+def row_ids(
     ids: Tensor,
     shape: tuple[int, ...],
     counted: Tensor | None,

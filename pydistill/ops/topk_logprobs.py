@@ -9,7 +9,8 @@ support of the student's choice need.
 docs/ops/topk_logprobs.md gives order, limits and numerics.
 
 Shapes: logits [..., V], K from 1 to V; fp32, bf16 or fp16 (fp64 on the reference), arithmetic and
-results fp32. Cost: one read of the logits; nothing of size V is written.
+results fp32. Cost: one read of the logits; nothing of size V is written. With a head's `weight` the
+logits come from hidden states, a block of rows at a time (pydistill/ops/_linear_head.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pydistill import _registry
+from pydistill.ops import _linear_head as linear
 from pydistill.ops import _rows
+from pydistill.reference.linear_head import Head, head_logits
 from pydistill.reference.topk_logprobs import topk_logprobs_fwd, topk_logprobs_reference
 
 OP = _registry.operator("topk_logprobs", {torch.float32, torch.bfloat16, torch.float16})
@@ -44,7 +47,15 @@ class TopkLogprobs(NamedTuple):
 
 
 def topk_logprobs(
-    logits: Tensor, k: int, *, temperature: float = 1.0, impl: str = "auto"
+    logits: Tensor,
+    k: int,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    impl: str = "auto",
 ) -> TopkLogprobs:
     """The K most likely tokens of each row, and what a loss on them needs to know of the rest.
 
@@ -52,8 +63,11 @@ def topk_logprobs(
     as it is.
 
     Args:
-        logits: `[..., V]`, any strides. fp32, bf16, fp16; fp64 on the reference.
+        logits: `[..., V]`, any strides. fp32, bf16, fp16; fp64 on the reference. With `weight`, the
+            hidden states `[..., H]` that they come from.
         k: K, from 1 to V.
+        weight, bias, logit_scale, softcap: a head, as in `pydistill.linear_token_logprob`, whose
+            logits are never in memory as a whole.
         temperature: T, between 1e-30 and 1e30.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
 
@@ -78,8 +92,17 @@ def topk_logprobs(
         RuntimeError: the logits carry a forward-mode tangent, which would be lost; detach them
             outside the transform.
     """
-    _rows.check_logits("logits", logits)
-    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    head = None
+    if weight is not None:
+        head = linear.check_head("", logits, weight, bias, logit_scale, softcap)
+    elif bias is not None or logit_scale != 1.0 or softcap is not None:
+        raise ValueError(
+            "bias, logit_scale and softcap belong to a head; pass its weight, and hidden states in"
+            " place of logits."
+        )
+    else:
+        _rows.check_logits("logits", logits)
+    shape, vocab = logits.shape[:-1], logits.shape[-1] if weight is None else weight.shape[0]
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"k is a {type(k).__name__}; pass the number of tokens, 1 to V.")
     if not 1 <= k <= vocab:
@@ -87,14 +110,20 @@ def topk_logprobs(
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is a {type(temperature).__name__}; pass a number.")
     _rows.check_range("temperature", temperature, 1e-30, 1e30)
-    backend = _registry.resolve(OP.name, impl, logits.device.type, logits.dtype)
-    rows = _rows.flatten(logits)
-    if not torch.compiler.is_compiling():
-        found = _TopkLogprobs.apply(rows, k, float(temperature), backend)  # type: ignore[no-untyped-call]
-    elif forward_ad._current_level >= 0:
+    dtype = logits.dtype if head is None else linear.widest(head).dtype
+    backend = _registry.resolve(OP.name, impl, logits.device.type, dtype)
+    numbers = (k, float(temperature), backend)
+    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         raise RuntimeError(_NO_TANGENT)
+    if head is not None:
+        if any(x is not None and _rows.has_tangent(x) for x in head[:3]):
+            raise RuntimeError(_NO_TANGENT)
+        with torch.no_grad():
+            found = _forward_from_hidden(head, *numbers)
+    elif torch.compiler.is_compiling():
+        found = _forward(_rows.flatten(logits).detach(), *numbers)
     else:
-        found = _forward(rows.detach(), k, float(temperature), backend)
+        found = _TopkLogprobs.apply(_rows.flatten(logits), *numbers)  # type: ignore[no-untyped-call]
     return TopkLogprobs(*(x.reshape((*shape, *x.shape[1:])) for x in found))
 
 
@@ -110,14 +139,64 @@ def _forward(
     """ids and log-probabilities [R, K], tail and normaliser [R]."""
     if backend == "reference":
         return topk_logprobs_reference(logits, k, temperature)
-    rows = logits.shape[0]
-    ids = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty((rows, k), dtype=torch.float32, device=logits.device)
-    tail, lse = logprobs.new_empty(rows), logprobs.new_empty(rows)
-    _registry.overload("topk_logprobs_fwd", backend)(
-        logits, k, temperature, ids, logprobs, tail, lse
-    )
-    return ids, logprobs, tail, lse
+    found = _empty(logits, k)
+    _registry.overload("topk_logprobs_fwd", backend)(logits, k, temperature, *found)
+    return found
+
+
+def _empty(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the results of `rows [R, ...]`."""
+    ids = torch.empty((rows.shape[0], k), dtype=torch.int64, device=rows.device)
+    logprobs = torch.empty((rows.shape[0], k), dtype=torch.float32, device=rows.device)
+    return ids, logprobs, logprobs.new_empty(rows.shape[0]), logprobs.new_empty(rows.shape[0])
+
+
+def _forward_from_hidden(
+    head: Head, k: int, temperature: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "reference":
+        return topk_logprobs_reference(head_logits(head), k, temperature)
+    found = _empty(head.hidden, k)
+    kernel = _registry.overload("topk_logprobs_from_hidden", backend)
+    kernel(*head, k, temperature, *found)
+    return found
+
+
+def _from_hidden_reference(*args: Any) -> None:
+    topk_logprobs_fwd(head_logits(Head(*args[:5])), *args[5:])
+
+
+class _Rows:
+    """`topk_logprobs` as a `linear.RowLoss` that has a forward only."""
+
+    def __init__(self, kernel: Any, numbers: tuple[int, float], outputs: tuple[Tensor, ...]):
+        self.kernel, self.numbers, self.outputs = kernel, numbers, outputs
+
+    def forward(self, logits: Tensor, rows: slice) -> None:
+        self.kernel(logits, *self.numbers, *(x[rows] for x in self.outputs))
+
+    def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
+        raise NotImplementedError
+
+    overwrite = forward
+
+
+def _from_hidden_run(backend: str, *args: Any) -> None:
+    head, numbers, outputs = Head(*args[:5]), args[5:7], args[7:]
+    rows = _Rows(_registry.overload("topk_logprobs_fwd", backend), numbers, outputs)
+    with linear.plain(head.hidden):
+        linear.forward(linear.Tiles(head, head.weight.shape[0]), rows)
+
+
+_registry.composed_kernel(
+    OP,
+    "topk_logprobs_from_hidden",
+    "(Tensor hidden, Tensor weight, Tensor? bias, float scale, float softcap, int k, float"
+    " temperature, Tensor(a!) ids, Tensor(b!) logprobs, Tensor(c!) tail, Tensor(d!) lse) -> ()",
+    _from_hidden_reference,
+    _from_hidden_run,
+    of="topk_logprobs_fwd",
+)
 
 
 class _TopkLogprobs(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""`token_logprob`'s Triton kernels compiled for every target: no spills, 16-byte loads and stores."""
+"""`token_logprob`'s Triton kernels compiled for every target: no spills, 16-byte loads and
+stores."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def truth(
 ) -> dict[str, Expected]:
     """The same by the reference in fp64. `rows(logits, inputs)` is the loss of logits `[..., V]`
     and the teacher's probabilities, as far as they are known."""
-    exact = {k: v.double() if _is_float(v) else v for k, v in inputs.items()}
+    exact = {k: v.double() if is_float(v) else v for k, v in inputs.items()}
     parts = run(call, {**exact, "impl": "reference"}, lambda s: upstream(s).double())
     head = Head(
         exact["student_hidden"].nan_to_num(0),
@@ -108,7 +108,7 @@ def truth(
     }
 
 
-def _is_float(value: Any) -> bool:
+def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and bool(value.dtype.is_floating_point)
 
 

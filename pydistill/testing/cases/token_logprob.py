@@ -30,8 +30,8 @@ TOLERANCES = {
     "tangent": Tolerance(1e-5, 1e-5),
 }
 
-# An exponential is off by what rounding makes of its argument: at k (m - z) = 85, 1.8e-6 on the CPU,
-# 2.1e-6 in Triton, and up to 1e-5 on GPUs, whose exp rounds it once more.
+# An exponential is off by what rounding makes of its argument: at k (m - z) = 85, 1.8e-6 on the
+# CPU, 2.1e-6 in Triton, and up to 1e-5 on GPUs, whose exp rounds it once more.
 PEAKED = {"logprob": Tolerance(1e-5, 1e-37), "entropy": Tolerance(1e-5, 1e-37)}
 
 
