@@ -62,5 +62,5 @@ def test_fullgraph(make: type, impl: str) -> None:
 @pytest.mark.parametrize("make", [dense, sparse])
 def test_gradients_in_forward_are_for_eager_mode(make: type, kernel_impl: str) -> None:
     f = torch.compile(make(kernel_impl, "in_forward"), fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="pass\n? *gradient='recompute'|in_forward"):
+    with pytest.raises(Exception, match="in_forward"):
         f(*heads())
