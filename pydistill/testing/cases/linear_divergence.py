@@ -137,16 +137,18 @@ def _table() -> list[Case]:
     add("poisoned", 6, 90, "jsd", pattern="poisoned", masked="third", reduction="mean")
     add("per_row", 6, 90, "jsd", per_row=("temperature", "beta", "weight"), scale_t2=True)
     add("denominator", 6, 90, reduction="mean", denominator=17.0, masked="third")
-    for kind in ("forward_kl", "jsd"):
-        for v in (49152, 151936):
-            for h in (576, 2048):
-                gate = _case(
-                    "bench", 8, v, kind, h=(h, 2048), dtypes=(BF16, BF16), reduction="mean"
-                )
-                add(
-                    "bench", 1024, v, kind, h=(h, 2048), dtypes=(BF16, BF16), reduction="mean",
-                    marks=("bench", "slow"), gate=gate,
-                )  # fmt: skip
+    for dtype in (FP32, BF16):
+        for rows, v, h in (
+            (1024, 49152, 576), (1024, 49152, 2048), (1024, 151936, 576), (1024, 151936, 2048),
+            (16, 49152, 576), (16, 151936, 2048),
+        ):  # fmt: skip
+            options: dict[str, Any] = {
+                "h": (h, 2048),
+                "dtypes": (dtype, dtype),
+                "reduction": "mean",
+            }
+            gate = _case("bench", 8, v, **options)
+            add("bench", rows, v, marks=("bench", "slow"), gate=gate, **options)
     return cases
 
 
