@@ -270,7 +270,7 @@ def top_entropy_mask(
     # No value lies between the quantile and the next one kept, so a rank stands for it; 1e-9 keeps
     # products like 0.29 * 100 = 28.999999999999996 from losing a token.
     kept = (fraction * last.double() + 1e-9).floor().long()
-    ranked = h.masked_fill(~counted, -1).sort(-1, descending=True).values
+    ranked = h.sort(-1, descending=True).values  # what does not count is 0, so it comes last
     clean = ~h.isnan().any(-1, keepdim=True)
     return counted & clean & (h >= ranked.gather(-1, kept))
 
@@ -352,11 +352,11 @@ def _log_ratio(
 
 
 def _segment_mean(values: Tensor, index: Tensor, counted: Tensor) -> Tensor:
-    """Mean over the counted tokens of each token's segment; values are 0 where not counted."""
-    values = values.masked_fill(~counted, 0)
+    """Mean over the counted tokens of each token's segment; values are 0 where not counted, and the
+    mean there may be anything."""
     total = torch.zeros_like(values).scatter_add_(-1, index, values)
     number = torch.zeros_like(values).scatter_add_(-1, index, counted.to(values.dtype))
-    return (total / number.clamp_min(1)).gather(-1, index)
+    return (total / number).gather(-1, index)
 
 
 def _by_rows(function: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:

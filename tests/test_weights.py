@@ -49,9 +49,9 @@ def some_mask(shape: tuple[int, ...], masked: bool) -> Tensor | None:
     return mask
 
 
-def poison(x: Tensor, mask: Tensor | None) -> Tensor:
-    """NaN where the mask is False: what does not count must not be read."""
-    x = x.clone() if mask is None else x.masked_fill(~mask, NAN)
+def poison(x: Tensor, mask: Tensor | None, value: float = NAN) -> Tensor:
+    """`value` where the mask is False: what does not count must not be read."""
+    x = x.clone() if mask is None else x.masked_fill(~mask, value)
     return x.requires_grad_()
 
 
@@ -223,7 +223,7 @@ def test_segments(shape: tuple[int, ...], dtype: torch.dtype, masked: bool) -> N
     full = torch.ones(shape, dtype=torch.bool) if mask is None else mask
     every = rows(p, q, segments, full)
     masked_segments = segments if mask is None else segments.masked_fill(~mask, 10**9)
-    arguments = (poison(p, mask), poison(q, mask), masked_segments)
+    arguments = (poison(p, mask), poison(q, mask, INF), masked_segments)
     for delta, eps in [(0.2, 1e-6), (0.0, 0.1), (5.0, 1e-3)]:
         got = weights.step_weight(*arguments, delta=delta, eps=eps, mask=mask)
         same(got, [step_loop(*row, delta, eps) for row in every], p)
@@ -327,7 +327,7 @@ def test_entropy_extremes() -> None:
     ])  # fmt: skip
     got = weights.entropy(z)
     assert got.tolist()[:4] == pytest.approx([math.log(4), 0, 0, math.log(2)])
-    assert got[4:7].isnan().all() and got[7].item() == pytest.approx(math.log(4))
+    assert got[2] == 0 and got[4:7].isnan().all() and got[7].item() == pytest.approx(math.log(4))
     assert weights.entropy(torch.randn(0, 3, 5)).shape == (0, 3)
     assert weights.entropy(torch.zeros(8)).item() == pytest.approx(math.log(8))
     # A common offset costs no digits.
@@ -355,7 +355,7 @@ def test_entropy_gap_weight(shape: tuple[int, ...], dtype: torch.dtype, masked: 
     h_s, h_t = (6 * torch.rand(shape).to(dtype) for _ in "st")
     mask = some_mask(shape, masked)
     full = torch.ones(shape, dtype=torch.bool) if mask is None else mask
-    got = weights.entropy_gap_weight(poison(h_s, mask), poison(h_t, mask), mask=mask)
+    got = weights.entropy_gap_weight(poison(h_s, mask), poison(h_t, mask, -INF), mask=mask)
     want = [
         [sigmoid(s - t) if ok else 0.0 for s, t, ok in zip(*row, strict=True)]
         for row in rows(h_s, h_t, full)
