@@ -294,12 +294,12 @@ def margin_calibrate(
     counted = _counted(mask, _sequence("advantages", advantages))
     _tensor("correct", correct, (torch.bool,), "a bool tensor, True where correct", advantages)
     right, wrong = counted & correct, counted & ~correct
-    a = advantages.detach().double().masked_fill(~counted, 0)
+    a = advantages.detach().double()
     n_c, n_i = (kind.sum(-1, keepdim=True) for kind in (right, wrong))
     mean_c = a.masked_fill(~right, 0).sum(-1, keepdim=True) / n_c
     mean_i = a.masked_fill(~wrong, 0).sum(-1, keepdim=True) / n_i
     short = (delta - (mean_c - mean_i)).clamp_min(0).masked_fill((n_c == 0) | (n_i == 0), 0)
-    shift = short * torch.where(right, n_i, -n_c) / (n_c + n_i).clamp_min(1)
+    shift = short * torch.where(right, n_i, -n_c) / (n_c + n_i)
     return _like((a + shift).masked_fill(~counted, 0), advantages)
 
 

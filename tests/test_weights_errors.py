@@ -62,6 +62,7 @@ WRONG_VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: rate(C, 4, prior=(1, NAN)), r"prior\[1\]=nan is outside"),
     (lambda: rate_weight(C, 4, -0.5), r"alpha=-0\.5 is outside \[0, inf\)"),
     (lambda: rate_weight(C, 4, 1, INF), "beta=inf is outside"),
+    (lambda: rate_weight(C, 4, 1, -2), r"beta=-2 is outside \[0, inf\)"),
     (lambda: rate_weight(C, 4, estimator="mle"), "estimator='mle' is not known; use plugin, post"),
     (lambda: rate_weight(C, 4, prior=(0, 1), estimator="posterior"), r"prior=\(0, 1\) is improper"),
     (lambda: rate_weight(C, 4, prior=(1, 0), estimator="posterior"), r"prior=\(1, 0\) is improper"),
