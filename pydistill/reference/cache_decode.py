@@ -88,7 +88,9 @@ def cache_decode_reference(packed: Tensor, at: Layout) -> tuple[Tensor, Tensor, 
         word = (four << (8 * torch.arange(4, device=device))).sum(-1)
         ids = torch.where(ids < 0, -1, ids | ((word >> start % 8) & ((1 << at.low_bits) - 1)))
 
-    offset, scale, tail = header.contiguous().view(torch.float32).unbind(1)
+    offset, scale, tail = (
+        header.clone(memory_format=torch.contiguous_format).view(torch.float32).unbind(1)
+    )
     c = codes.reshape(rows, at.k, at.code).long()
     c = (c << (8 * torch.arange(at.code, device=device))).sum(-1)
     square = c.float() * c.float()
