@@ -188,8 +188,11 @@ def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def explain(op: Operator, device: str, dtype: torch.dtype = torch.float32) -> Choice:
-    """What `impl="auto"` picks for tensors of `dtype` on `device`, and why."""
+def explain(op: Operator, device: str, dtype: torch.dtype | None = None) -> Choice:
+    """What `impl="auto"` picks for tensors of `dtype` (fp32 where it takes that) on `device`, and
+    why."""
+    if dtype is None:
+        dtype = torch.float32 if torch.float32 in op.dtypes else min(op.dtypes, key=str)
     reasons = []
     for backend in _ORDER.get(device, ()):
         reason = _unavailable(op, backend, device, dtype)

@@ -22,6 +22,7 @@ import torch
 
 import pydistill
 from pydistill import _native, _registry
+from pydistill.reference.cache_decode import CODES
 from pydistill.reference.divergence import KINDS
 
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "flash-attn")
@@ -56,8 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     operators = sorted(_registry.OPERATORS)
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> _Parser:
-        sub: _Parser = commands.add_parser(name, help=text, description=text)
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, group: Any = commands
+    ) -> _Parser:
+        sub: _Parser = group.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print one JSON document")
         sub.set_defaults(run=run)
         return sub
@@ -83,6 +86,23 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=60, help="training steps (60)")
     demo.add_argument("--seed", type=int, default=0, help="(0)")
     demo.add_argument("--output", type=Path, metavar="FOLDER", help="save the student there")
+    text = "Teacher caches: top-k log-probabilities, recorded once for many students."
+    cache = commands.add_parser("cache", help=text, description=text)
+    parts = cache.add_subparsers(dest="part", required=True, metavar="COMMAND")
+    text = "Runs a teacher over texts and records its top-k; resumes an unfinished cache."
+    build = command("build", _cache_build, text, parts)
+    build.add_argument("folder", type=Path, help="of the new or unfinished cache")
+    build.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
+    build.add_argument("--text", type=Path, metavar="FILE", help="a document a line, or .jsonl")
+    build.add_argument("--k", type=_positive, default=64, help="tokens kept a position (64)")
+    build.add_argument("--temperature", type=float, default=1.0, help="of the teacher (1)")
+    build.add_argument("--codes", choices=sorted(CODES), default="uint8", help="(uint8)")
+    build.add_argument("--length", type=_positive, default=1024, help="tokens a document (1024)")
+    text = "What a cache holds, its bytes a token, and its divergence against K."
+    info = command("info", _cache_info, text, parts)
+    info.add_argument("folder", type=Path)
+    verify = command("verify", _cache_verify, "Compares every checksum of a cache.", parts)
+    verify.add_argument("folder", type=Path)
     return parser
 
 
@@ -255,4 +275,83 @@ def _demo(options: argparse.Namespace) -> int:
         _print_json(result.to_json())
     else:
         print(demo.table(result))
+    return 0
+
+
+def _cache_build(options: argparse.Namespace) -> int:
+    from pydistill.recipes import UsageError
+
+    try:
+        from pydistill.recipes import build_cache, models
+
+        result = build_cache.run(
+            build_cache.Options(
+                output=options.folder,
+                model=options.model or models.DEFAULT,
+                text=options.text,
+                k=options.k,
+                temperature=options.temperature,
+                codes=options.codes,
+                length=options.length,
+            ),
+            progress=not options.json,
+        )
+    except UsageError as error:
+        raise _Problem(str(error)) from error
+    except KeyboardInterrupt:
+        print(f"\n{options.folder} is kept; the same command resumes it.", file=sys.stderr)
+        raise
+    if options.json:
+        _print_json(vars(result))
+    else:
+        print(build_cache.table(result))
+    return 0
+
+
+def _cache_info(options: argparse.Namespace) -> int:
+    from pydistill.cache import CacheError, TeacherCache, truncation
+
+    try:
+        cache = TeacherCache.open(options.folder, partial=True)
+        lost = truncation(cache)
+    except CacheError as error:
+        raise _Problem(str(error)) from error
+    mean, most = cache.stored_kl()
+    found = {
+        **{name: value for name, value in vars(cache.manifest).items() if name != "tokens"},
+        "complete": cache.manifest.tokens is not None,
+        "tokens": len(cache),
+        "documents": len(cache.documents) - 1,
+        "bytes_a_token": cache.disk_bytes() / max(1, len(cache)),
+        "stored_kl_mean": mean,
+        "stored_kl_max": most,
+    }
+    if options.json:
+        _print_json({**found, "truncation": [row._asdict() for row in lost]})
+        return 0
+    for name, value in found.items():
+        print(f"{name:14} {value:.6g}" if isinstance(value, float) else f"{name:14} {value}")
+    print("\n   K   mass outside   KL(renormalized top K || teacher), nats a token")
+    for row in lost:
+        print(f"{row.k:4}   {row.tail_mass:12.4%}   {row.renormalized_kl:.5f}")
+    return 0
+
+
+def _cache_verify(options: argparse.Namespace) -> int:
+    from pydistill.cache import CacheError, TeacherCache
+
+    try:
+        cache = TeacherCache.open(options.folder, partial=True)
+        cache.verify()
+    except CacheError as error:
+        if options.json:
+            _print_json({"ok": False, "problem": str(error)})
+        else:
+            print(error)
+        return 1
+    complete = cache.manifest.tokens is not None
+    if options.json:
+        _print_json({"ok": True, "tokens": len(cache), "complete": complete})
+    else:
+        print(f"{len(cache)} tokens{'' if complete else ', unfinished'}, every checksum right")
     return 0
