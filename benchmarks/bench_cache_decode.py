@@ -1,4 +1,4 @@
-"""`cache_decode`: rows of a teacher cache unpacked, and a slice of a cache beside the loss it feeds.
+"""`cache_decode`: rows of a teacher cache unpacked, and a slice of one beside the loss it feeds.
 
 The first case unpacks many rows into fresh tensors; its floor writes as many bytes into fresh
 tensors, as no decoder can avoid. Entries of 8 bytes (an int32 id and an fp32 log-probability) a

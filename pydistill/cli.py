@@ -299,7 +299,8 @@ def _cache_build(options: argparse.Namespace) -> int:
     except UsageError as error:
         raise _Problem(str(error)) from error
     except KeyboardInterrupt:
-        print(f"\n{options.folder} is kept; the same command resumes it.", file=sys.stderr)
+        if options.folder.exists():
+            print(f"\n{options.folder} is kept; the same command resumes it.", file=sys.stderr)
         raise
     if options.json:
         _print_json(vars(result))

@@ -147,10 +147,10 @@ def test_a_half_written_document_is_continued(
     assert run(*arguments(tiny, text, folder))[0] == 130
     assert len(TeacherCache.open(folder, partial=True)) == 12
     before = text.read_text()
-    text.write_text(before.replace("second", "zecond"))
+    text.write_text(before.replace("longer", "lunger"))
     code, _, err = run(*arguments(tiny, text, folder))
     assert code == 2
-    assert "begun with another text: they differ within tokens 5 to 11" in err or code == 2
+    assert "begun with another text: they differ within tokens 5 to 11" in err
     text.write_text("first")
     code, _, err = run(*arguments(tiny, text, folder))
     assert code == 2 and "7 tokens more than the text" in err

@@ -101,6 +101,19 @@ def test_a_row_of_64_of_151936_takes_182_bytes_and_keeps_its_distribution() -> N
     assert 0 < stored.max() < 5e-5  # a tenth of what is promised
 
 
+@pytest.mark.parametrize("codes", CODES)
+def test_a_whole_large_vocabulary(codes: str) -> None:
+    ids, log_p, tail = rows(1, 262144, 262144, 3.0, 2)
+    packed, stored = encode(ids, log_p, tail, 262144, layout(262144, 262144, codes))
+    got = cache_decode(torch.from_numpy(packed), 262144, 262144, codes=codes)
+    assert torch.equal(got.topk_ids[0], torch.arange(262144))
+    want = log_p[0][np.argsort(ids[0])]
+    step = (want.max() - want.min()) / 254
+    assert np.abs(got.topk_logprobs[0].numpy() - want).max() <= 1.5 * step
+    assert got.tail_logprob.item() == -math.inf
+    assert stored.max() < 1e-3
+
+
 def test_the_format_is_pinned() -> None:
     """Bytes worked out by hand: ids 3, 10, 37 of 40 in 4 slots, l = 3, one -inf."""
     ids = np.array([[37, 3, -1, 10]])
