@@ -15,6 +15,7 @@ passed over.
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -158,8 +159,7 @@ class Shard:
 
     def blocks_of(self, begin: int, end: int) -> range:
         """The blocks that hold rows [begin, end), which are not none."""
-        first, last = np.searchsorted(self.ends, [begin, end - 1], side="right").tolist()
-        return range(first, last + 1)
+        return range(bisect_right(self.ends, begin), bisect_right(self.ends, end - 1) + 1)
 
     def _check_block(self, kind: str, block: int) -> None:
         end = int(self.ends[block])

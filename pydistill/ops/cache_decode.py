@@ -66,7 +66,7 @@ def cache_decode(
             f"packed has shape {tuple(packed.shape)} and strides {packed.stride()}; rows of K={k}"
             f" of V={vocab_size} tokens in {codes} codes are contiguous [N, {at.stride}]."
         )
-    prefix = packed.shape[:1] if rows is None else rows.shape
+    prefix = None if rows is None else rows.shape
     if rows is not None:
         if rows.dtype != torch.int64:
             raise TypeError(f"rows is {rows.dtype}; pass int64 row numbers (rows.long()).")
@@ -88,4 +88,5 @@ def cache_decode(
     reference = backend == "reference"
     kernel = cache_decode_out if reference else _registry.overload("cache_decode_fwd", backend)
     kernel(packed, rows, vocab_size, CODES[codes], ids, log_p, tail)
-    return TopkTeacher(log_p, ids, tail, temperature, vocab_size).reshape(*prefix)
+    teacher = TopkTeacher(log_p, ids, tail, temperature, vocab_size)
+    return teacher if prefix is None else teacher.reshape(*prefix)
