@@ -503,3 +503,30 @@ def test_only_the_documented_files_are_left(written: Path) -> None:
     assert names == {NAME, *shards} and PART not in names
     data = json.loads((written / NAME).read_text())
     assert data["tokens"] == N and data["model"] == "teacher" and data["codes"] == "uint8"
+
+
+@pytest.mark.slow
+def test_a_million_tokens(tmp_path: Path) -> None:
+    """What is promised at K = 64, V = 151,936: 200 bytes a token, KL 5e-4, and every row back."""
+    vocab, k, rows = 151936, 64, 4000
+    random = np.random.default_rng(0)
+    logits = random.standard_normal((rows, k)) * random.choice([0.5, 3.0, 9.0], (rows, 1))
+    both = np.concatenate([logits, random.standard_normal((rows, 1))], 1)
+    both -= np.logaddexp.reduce(both, axis=1, keepdims=True)
+    steps = random.integers(1, vocab // k, (rows, k))
+    ids = steps.cumsum(1) % vocab
+    folder = tmp_path / "c"
+    manifest = Manifest("teacher", "sha256:0", vocab, k, shard_rows=300_000)
+    with CacheWriter(folder, manifest) as writer:
+        for _ in range(250):
+            writer.append(ids[:, 0], ids, both[:, :-1], both[:, -1])
+    cache = TeacherCache.open(folder)
+    cache.verify()
+    assert len(cache) == 1_000_000
+    assert cache.disk_bytes() / len(cache) <= 200
+    assert cache.stored_kl()[1] <= 5e-4
+    for begin in range(0, len(cache), rows):
+        got = cache[begin : begin + rows]
+        assert np.array_equal(got.topk_ids.numpy(), ids)
+    error = np.exp(both[:, :-1]) * (both[:, :-1] - got.topk_logprobs.numpy())
+    assert np.abs(error.sum(1)).max() <= 5e-4

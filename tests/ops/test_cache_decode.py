@@ -73,7 +73,7 @@ def test_wrong_arguments(arguments: dict, error: type[Exception], words: str) ->
         cache_decode(**{"packed": PACKED, "vocab_size": 40, "k": 4, **arguments})
 
 
-def test_the_kernel_checks_what_it_is_given() -> None:
+def test_the_kernel_checks_what_it_is_given(each_cpu: str) -> None:
     """Below the public function too, no argument makes it leave its memory."""
     kernel = torch.ops.pydistill.cache_decode_fwd.default
     ids, log_p, tail = torch.zeros(3, 4).long(), torch.zeros(3, 4), torch.zeros(3)
@@ -83,7 +83,7 @@ def test_the_kernel_checks_what_it_is_given() -> None:
         (PACKED[:2].contiguous(), None, 40, 1, ids, log_p, tail),
         (PACKED, None, 40, 1, ids, log_p, tail[:2]),
     ):
-        with pytest.raises((RuntimeError, ValueError, IndexError)):
+        with pytest.raises(RuntimeError):
             kernel(*wrong)
 
 
