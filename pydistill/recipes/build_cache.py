@@ -9,7 +9,6 @@ the texts'.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from pydistill import topk_logprobs
 from pydistill.cache import CacheError, CacheWriter, Manifest, TeacherCache, tokenizer_hash
 from pydistill.recipes import UsageError, demo, models
 
 _LOGITS_AT_ONCE = 2**28  # elements of the model's output: 512 MB in bf16
-_ROWS_AT_ONCE = 256  # of which fp32 copies are made
 
 
 @dataclass(frozen=True)
@@ -196,19 +194,8 @@ def _append(
         logits = teacher(input_ids=ids, attention_mask=attended, use_cache=False).logits
     for row, (document, done) in enumerate(batch):
         rows = logits[row, done : len(document)]
-        parts = [top_k(some, options.k, options.temperature) for some in rows.split(_ROWS_AT_ONCE)]
-        columns = (torch.cat(column) for column in zip(*parts, strict=True))
-        writer.append(ids[row, done : len(document)], *columns, continues=done > 0)
-
-
-def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits `[n, V]`: the ids of the k likeliest tokens, their log-probabilities, both
-    `[n, k]`, and the log of the mass of all others `[n]`, summed over them."""
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
-    values, ids = log_p.topk(k, -1)
-    if k == log_p.shape[-1]:
-        return ids, values, torch.full_like(values[:, 0], -math.inf)
-    return ids, values, torch.logsumexp(log_p.scatter_(1, ids, -math.inf), -1)
+        top = topk_logprobs(rows, options.k, temperature=options.temperature)
+        writer.append(ids[row, done : len(document)], *top[:3], continues=done > 0)
 
 
 def table(result: Result) -> str:

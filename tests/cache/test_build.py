@@ -100,15 +100,15 @@ def test_ctrl_c_is_resumed_to_the_same_cache(
     folder, whole = tmp_path / "c", tmp_path / "whole"
     assert run(*arguments(tiny, text, whole))[0] == 0
     monkeypatch.setattr(build_cache, "_LOGITS_AT_ONCE", 1)  # a document at a time
-    real, calls = build_cache.top_k, []
+    real, calls = build_cache.topk_logprobs, []
 
-    def interrupted(*args: torch.Tensor) -> object:
+    def interrupted(*args: object, **more: object) -> object:
         calls.append(1)
         if len(calls) in (1, 4):
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **more)
 
-    monkeypatch.setattr(build_cache, "top_k", interrupted)
+    monkeypatch.setattr(build_cache, "topk_logprobs", interrupted)
     for tokens in (0, 25):
         code, _, err = run(*arguments(tiny, text, folder))
         assert code == 130
@@ -211,16 +211,6 @@ def test_wrong_requests(tiny: Path, text: Path, tmp_path: Path, run: Run) -> Non
     assert code == 2 and "k=999 is outside 1..257" in err
     code, _, err = run("build", tmp_path, "--model", tiny, "--text", text, "--k", "3")
     assert code == 2 and "not empty (it has text.txt)" in err
-
-
-def test_top_k_sums_the_tail_over_the_tail() -> None:
-    logits = torch.zeros(2, 100)
-    logits[:, 3] = 40
-    ids, log_p, tail = build_cache.top_k(logits, 1, 2.0)
-    assert ids.tolist() == [[3], [3]]
-    assert log_p.abs().max() < 1e-6
-    assert tail.tolist() == pytest.approx([math.log(99) - 20] * 2, rel=1e-6)
-    assert build_cache.top_k(logits, 100, 1.0)[2].tolist() == [-math.inf] * 2
 
 
 def test_truncation_against_sums(tmp_path: Path) -> None:
