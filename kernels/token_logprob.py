@@ -77,7 +77,7 @@ def _token_logprob_forward(
         top = new_top
         shift = tl.where(top == -INF, 0.0, top)
         d = tl.maximum(k * (z - shift), -FAR)
-        tie = z == top
+        tie = z == shift
         e = tl.exp(d)
         e = tl.where(z != z, z, e)  # a maximum may have lost a NaN
         depth -= partial_sums(e * d, LANES)
@@ -85,7 +85,7 @@ def _token_logprob_forward(
         ties += partial_sums(tie.to(tl.float32), LANES)
     others = tl.sum(rest, 0).to(tl.float64) + (tl.sum(ties, 0) - 1.0)
     below = tl.sum(depth, 0).to(tl.float64) / (1.0 + others)
-    sound = (tl.abs(top) < INF) & (others < INF)
+    sound = (tl.abs(top) < INF) & (others < INF) & (k == k)
     log_z = tl.where(sound, log1p(others), float("nan"))
     token = tl.load(ids + row)
     inside = (token >= 0) & (token < vocab)

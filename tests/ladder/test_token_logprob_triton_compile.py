@@ -1,5 +1,4 @@
-"""`token_logprob`'s Triton kernels compiled for every target: no spills, 16-byte loads and
-stores."""
+"""`token_logprob`'s Triton kernels compiled for every target: no spills, 16-byte accesses."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ TOLERANCES = {
 }
 
 # An exponential is off by what rounding makes of its argument: at k (m - z) = 85, 1.8e-6 on the
-# CPU, 2.1e-6 in Triton, and up to 1e-5 on GPUs, whose exp rounds it once more.
+# CPU, 2.1e-6 in Triton's interpreter, and up to 1e-5 on GPUs, whose exp rounds it once more.
 PEAKED = {"logprob": Tolerance(1e-5, 1e-37), "entropy": Tolerance(1e-5, 1e-37)}
 
 
@@ -47,6 +47,10 @@ def _rows(pattern: str, rows: int, v: int, g: torch.Generator) -> tuple[Tensor, 
         z[0] = 1.5
     elif pattern == "rising":  # every block lifts the maximum
         z += torch.arange(v) * 0.03
+    elif pattern == "late":  # whole blocks of nothing before the first token, and after it
+        z[:, : v // 2] = -torch.inf
+        z[0, v // 2 + 40 :] = -torch.inf
+        ids[:] = v // 2 + 3
     elif pattern == "infinite":
         z[:, -2:] = -torch.inf  # a padded vocabulary
         z[1, 0], z[2, 3] = -torch.inf, -torch.inf
@@ -121,6 +125,7 @@ def _table() -> list[Case]:
             _case("peaked_in_a_whole_block", 9, 4096, pattern="peaked", dtype=dtype),
             _case("ties", 4, 4100, pattern="ties", dtype=dtype),
             _case("rising", 3, 5000, pattern="rising", dtype=dtype),
+            _case("late", 3, 4100, pattern="late", dtype=dtype),
             _case("infinite", 5, 67, pattern="infinite", dtype=dtype, marks=("ladder",)),
             _case("poisoned", 6, 67, pattern="poisoned", dtype=dtype, marks=("ladder",)),
             _case("poisoned_blocks", 6, 2500, pattern="poisoned", dtype=dtype),
