@@ -132,9 +132,13 @@ def _table() -> list[Case]:
             _case("tempered", 5, 200, temperature=0.6, dtype=dtype, marks=("ladder",)),
             _case("per_row", 6, 1100, per_row=True, dtype=dtype, marks=("ladder",)),
             _case("masked", 7, 90, masked="third", dtype=dtype, marks=("ladder",)),
-            _case("bench", 256, 151936, dtype=dtype, marks=("bench", "slow"),
-                  gate=_case("bench", 8, 151936, dtype=dtype)),
         ]  # fmt: skip
+    for dtype in (FP32, BF16):
+        gate = _case("bench", 8, 151936, dtype=dtype)
+        cases += [
+            _case("huge", 2, 151936, dtype=dtype, marks=("slow",)),
+            _case("bench", 256, 151936, dtype=dtype, marks=("bench", "slow"), gate=gate),
+        ]
     cases += [
         _case("peaked_cold", 9, 2000, pattern="peaked", temperature=0.7),
         _case("poisoned_and_masked", 6, 67, pattern="poisoned", masked="third"),
@@ -142,8 +146,6 @@ def _table() -> list[Case]:
         _case("one_row", 1, 300, prefix=()),
         _case("all_masked", 4, 90, masked="all"),
         _case("no_rows", 0, 90),
-        _case("huge", 2, 151936, marks=("slow",)),
-        _case("huge", 2, 151936, dtype=BF16, marks=("slow",)),
     ]
     return cases
 
