@@ -64,6 +64,19 @@ PD_INLINE V ExpNonPositive(V x) {
 #endif
 }
 
+// e^x for x <= 0 to ExpNonPositive's error, but e^-87 where it is less: without subnormals the
+// power of two is one step. Adding 1.5 2^23 + 127 rounds to integers and leaves the biased exponent
+// in the low bits.
+PD_INLINE V ExpNormal(V x) {
+  x = Max(Set(-87.0f), x);
+#if PD_TARGET >= PD_TARGET_AVX512
+  return ExpFinite(x);
+#else
+  const V magic = Set(12583039.0f), shifted = Fma(x, Set(1.44269504f), magic), n = shifted - magic;
+  return (Expm1Reduced(Fnma(n, Set(0.693147182f), x)) + Set(1.0f)) * Pow2OfLowBits(shifted);
+#endif
+}
+
 // e^x to ExpNonPositive's error, for any x: 0 and +inf at the ends.
 PD_INLINE V ExpClamped(V x) {
 #if PD_TARGET >= PD_TARGET_AVX512

@@ -57,7 +57,7 @@ PD_INLINE void SumBelow(const Row& row, const X& x, int64_t begin, int64_t padde
     for (int u = 0; u < 2; ++u) {
       const V logit = x(i + u * kLanes);
       const M candidate = Lt(threshold, logit);  // false for NaN, which the sum then shows
-      const V e = ExpNonPositive(scale * (logit - about));
+      const V e = ExpNormal(scale * (logit - about));
       sum[u] = sum[u] + Select(candidate, zero, e);
       *above++ = static_cast<uint16_t>(Bits(candidate));
     }
@@ -127,7 +127,7 @@ inline void Pick(Sweep& sweep) {
     for (int64_t i = n; i < Padded(n); ++i) logits[i] = -INFINITY;
     V sum = Set(0.0f);
     for (int64_t i = 0; i < Padded(n); i += kLanes) {
-      sum = sum + ExpNonPositive(scale * (Load(logits + i) - about));
+      sum = sum + ExpNormal(scale * (Load(logits + i) - about));
     }
     sweep.tail += Sum(sum);
   }
@@ -170,7 +170,7 @@ inline double FarTail(Row& row, int64_t vocab, const Sweep& sweep, float last, i
   V part = zero;
   int64_t vectors = 0;
   blocks([&](V x) PD_INLINE_LAMBDA {
-    part = part + Select(Lt(x, limit), ExpNonPositive(scale * (x - Set(own))), zero);
+    part = part + Select(Lt(x, limit), ExpNormal(scale * (x - Set(own))), zero);
     if (++vectors % (kBlock / kLanes) == 0) sum += Sum(part), part = zero;
   });
   return std::log(sum + Sum(part)) + sweep.scale * (double(own) - sweep.max);
@@ -202,7 +202,7 @@ void ForwardRow(const TopkLogprobsArgs& a, int64_t r, Row& row, uint64_t* candid
     rest += std::exp(sweep.scale * (LogitOf(candidates[j]) - max));
   }
   double log_tail = std::log(sweep.tail);
-  if (!(sweep.tail > 1e-25)) {
+  if (!(sweep.tail > 1e-20)) {
     const float last = LogitOf(candidates[sweep.size - 1]);
     int64_t equal = 0;
     while (equal < sweep.size && LogitOf(candidates[sweep.size - 1 - equal]) == last) ++equal;

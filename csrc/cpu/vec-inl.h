@@ -146,6 +146,10 @@ PD_INLINE V Scale2(V x, V n) {  // in two steps, so that n may pass the exponent
   const __m256i half = _mm256_srai_epi32(whole, 1);
   return x * Pow2(half) * Pow2(_mm256_sub_epi32(whole, half));
 }
+// 2^n for n in [-126, 127], of which the low bits of `biased` hold n + 127.
+PD_INLINE V Pow2OfLowBits(V biased) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(biased.v), 23))};
+}
 PD_INLINE void Split2(V x, V& m, V& e) {
   const M tiny = Lt(x, Set(1.17549435e-38f));
   x = Select(tiny, x * Set(16777216.0f), x);
@@ -250,6 +254,7 @@ PD_INLINE V Scale2(V x, V n) {
   return {x.v * FromBits(uint32_t(half + 127) << 23) *
           FromBits(uint32_t(whole - half + 127) << 23)};
 }
+PD_INLINE V Pow2OfLowBits(V biased) { return {FromBits(ToBits(biased.v) << 23)}; }
 PD_INLINE void Split2(V x, V& m, V& e) {
   const bool tiny = x.v < 1.17549435e-38f;
   const uint32_t bits = ToBits(tiny ? x.v * 16777216.0f : x.v);

@@ -18,6 +18,8 @@ PD_INLINE V Apply(Math function, V x) {
       return Exp(x);
     case Math::kExpNonPositive:
       return ExpNonPositive(x);
+    case Math::kExpNormal:
+      return ExpNormal(x);
     case Math::kExpNonPositiveOfTwo:
       return ExpNonPositive(x, minus_one);
     case Math::kExpm1NonPositive:

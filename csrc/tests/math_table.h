@@ -10,6 +10,7 @@ namespace pd {
 enum class Math : int {
   kExp = 0,
   kExpNonPositive,
+  kExpNormal,
   kExpNonPositiveOfTwo,  // e^x as computed beside e^x - 1
   kExpm1NonPositive,
   kExpm1,
@@ -22,6 +23,7 @@ enum class Math : int {
 };
 inline constexpr const char* kMathNames[] = {"exp",
                                              "exp_non_positive",
+                                             "exp_normal",
                                              "exp_non_positive_of_two",
                                              "expm1_non_positive",
                                              "expm1",

@@ -113,18 +113,22 @@ def topk_logprobs(
     dtype = logits.dtype if head is None else linear.widest(head).dtype
     backend = _registry.resolve(OP.name, impl, logits.device.type, dtype)
     numbers = (k, float(temperature), backend)
-    if torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    dual = forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() and dual:
         raise RuntimeError(_NO_TANGENT)
     if head is not None:
         if any(x is not None and _rows.has_tangent(x) for x in head[:3]):
             raise RuntimeError(_NO_TANGENT)
         with torch.no_grad():
-            found = _forward_from_hidden(head, *numbers)
-    elif torch.compiler.is_compiling():
-        found = _forward(_rows.flatten(logits).detach(), *numbers)
-    else:
-        found = _TopkLogprobs.apply(_rows.flatten(logits), *numbers)  # type: ignore[no-untyped-call]
-    return TopkLogprobs(*(x.reshape((*shape, *x.shape[1:])) for x in found))
+            return _shaped(_forward_from_hidden(head, *numbers), shape)
+    rows = _rows.flatten(logits)
+    if dual or torch._C._functorch.is_functorch_wrapped_tensor(rows):
+        return _shaped(_TopkLogprobs.apply(rows, *numbers), shape)  # type: ignore[no-untyped-call]
+    return _shaped(_forward(rows.detach(), *numbers), shape)
+
+
+def _shaped(found: tuple[Tensor, Tensor, Tensor, Tensor], prefix: torch.Size) -> TopkLogprobs:
+    return TopkLogprobs(*(x.reshape((*prefix, *x.shape[1:])) for x in found))
 
 
 _NO_TANGENT = (
@@ -200,7 +204,7 @@ _registry.composed_kernel(
 
 
 class _TopkLogprobs(torch.autograd.Function):
-    """Not differentiable: a reverse-mode gradient is none, a tangent an error."""
+    """`_forward` under transforms. Not differentiable: a gradient is none, a tangent an error."""
 
     @staticmethod
     def forward(

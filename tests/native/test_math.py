@@ -50,12 +50,17 @@ def test_exp(isa: str) -> None:
     assert ulps(_testing.math(isa, "exp", x), np.exp(x.astype(np.float64))).max() <= 1
 
 
-@pytest.mark.parametrize("name", ["exp_non_positive", "exp_non_positive_of_two"])
+@pytest.mark.parametrize("name", ["exp_non_positive", "exp_non_positive_of_two", "exp_normal"])
 def test_exp_non_positive(isa: str, name: str) -> None:
-    x = points(-87.3, 1e-45)
+    x = points(-87.0 if name == "exp_normal" else -87.3, 1e-45)
     wide = x.astype(np.float64)
     error = ulps(_testing.math(isa, name, x), np.exp(wide))
     assert (error <= 1.5 + 2.7e-9 / (EPS / 2) * np.abs(wide)).all()
+
+
+def test_exp_normal_stops_above_the_subnormals(isa: str) -> None:
+    got = _testing.math(isa, "exp_normal", np.array([-87.001, -104, -3e38, -INF], np.float32))
+    np.testing.assert_allclose(got, np.exp(-87.0), rtol=1e-6)
 
 
 def test_exp_clamped(isa: str) -> None:
@@ -119,6 +124,7 @@ TINY = 1e-45  # the smallest subnormal
         ("exp", [-INF, np.nan, 0, -0.0, TINY, 89, INF, -104.5], [0, np.nan, 1, 1, 1, INF, INF, 0]),
         ("exp_clamped", [-INF, np.nan, 0, 89, INF, -104.5], [0, np.nan, 1, INF, INF, 0]),
         ("exp_non_positive", [-INF, np.nan, 0, -TINY, -104.5, -3e38], [0, np.nan, 1, 1, 0, 0]),
+        ("exp_normal", [np.nan, 0, -TINY], [np.nan, 1, 1]),
         ("expm1_non_positive", [-INF, np.nan, 0, -TINY, -3e38], [-1, np.nan, 0, -TINY, -1]),
         ("expm1", [-INF, np.nan, 0, TINY, 89, INF], [-1, np.nan, 0, TINY, INF, INF]),
         ("log", [0, -0.0, INF, 1, -1, -INF, np.nan], [-INF, -INF, INF, 0, *[np.nan] * 3]),
