@@ -15,8 +15,9 @@ in blocks. The sums of a row stay spread over the threads, one partial sum a lan
 ends: only the two maxima cross threads in every block. Bytes: the two KLs read both rows once,
 since their sums are taken about a constant known after the first block; only a row whose value
 would cancel is swept again. Other kinds read twice, for the normalisers and for the terms, and so
-do statistics. `adaptive_kl` must also find the boundary of the teacher's head and reads the teacher
-up to eight more times (fp32; four for bf16, five for fp16). Backward reads once and writes once.
+do statistics. `adaptive_kl` must find the boundary of the teacher's head in between: a row of up to
+32,768 tokens stays in registers for that, of a longer one the teacher is read up to eight more
+times (fp32; four for bf16, five for fp16). Backward reads once and writes once.
 """
 
 import math
@@ -38,15 +39,14 @@ from pydistill.kernels._common.divergences import (
     parameters_valid,
     terms,
 )
+from pydistill.kernels._common.head import head_of_kept_row, head_of_long_row
 from pydistill.kernels._common.launch import compiler_options, on_device
 from pydistill.kernels._common.numerics import (
     FAR,
     INF,
     expm1,
-    from_ordered_key,
     load_fp32,
     log1p,
-    ordered_key,
     partial_sums,
     phi,
     weighted_phi,
@@ -56,9 +56,11 @@ SAVED = tl.constexpr(8)  # max s, log Zs, max t, log Zt, D, c, log Z1, w
 STATS = tl.constexpr(6)
 
 THREADS = 256  # of a program on a long row; each takes 16 bytes at a load
+# adaptive_kl keeps a teacher's row of up to so many tokens in the registers of so many threads: 64
+# of the 128 that each can have.
+KEPT, KEPT_THREADS = 32768, 512
 # Beyond this, exp in units of the other side's largest term leaves what fp32 can sum to any use.
 _REACH = tl.constexpr(40.0)
-_SEARCH_WAYS = tl.constexpr(16)
 
 
 @triton.jit
@@ -82,11 +84,11 @@ def _parameters(row_params, pair, temperature, alpha, beta):
 
 @triton.jit
 def _sweep(
-    row_s, row_t, vocab, k, about, estimate,
-    KIND: tl.constexpr, NEED_Z1: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+    row_s, row_t, vocab, k, about, estimate, WITH_TEACHER: tl.constexpr, KIND: tl.constexpr,
+    NEED_Z1: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One pass over both rows: maxima and sums of exponentials, and for a KL its sums about
-    `about`.
+    """One pass over both rows or the student's alone: maxima and sums of exponentials, and for a KL
+    its sums about `about`.
 
     With `lead` the side the KL averages over, d0 = k (lead - other) - about: sums of e_lead
     phi(d0) and e_lead d0. With `estimate`, `about` comes from the first block. `reach` is the
@@ -100,17 +102,19 @@ def _sweep(
     for start in range(0, vocab, BLOCK):
         at = start + lanes
         s = load_fp32(row_s + at, at < vocab)
-        t = load_fp32(row_t + at, at < vocab)
+        if WITH_TEACHER:
+            t = load_fp32(row_t + at, at < vocab)
+            new_t = tl.maximum(max_t, tl.max(t, 0))
+            shift_t = tl.where(new_t == -INF, 0.0, new_t)
+            scale_t = tl.exp(k * (max_t - shift_t))
+            e_t = tl.exp(k * (t - shift_t))
+            z_t = z_t * scale_t + partial_sums(e_t, LANES)
+            max_t = new_t
         new_s = tl.maximum(max_s, tl.max(s, 0))
-        new_t = tl.maximum(max_t, tl.max(t, 0))
         shift_s = tl.where(new_s == -INF, 0.0, new_s)
-        shift_t = tl.where(new_t == -INF, 0.0, new_t)
         scale_s = tl.exp(k * (max_s - shift_s))
-        scale_t = tl.exp(k * (max_t - shift_t))
         e_s = tl.exp(k * (s - shift_s))
-        e_t = tl.exp(k * (t - shift_t))
         z_s = z_s * scale_s + partial_sums(e_s, LANES)
-        z_t = z_t * scale_t + partial_sums(e_t, LANES)
         if NEED_Z1:
             z_1 = z_1 * tl.exp(max_s - shift_s) + partial_sums(tl.exp(s - shift_s), LANES)
         if (KIND == FORWARD_KL) or (KIND == REVERSE_KL):
@@ -130,7 +134,7 @@ def _sweep(
             term = tl.where((other == -INF) & (lead > -INF), INF, term)
             phis = phis * scale + partial_sums(term, LANES)
             ratios = ratios * scale + partial_sums(e_lead * d0, LANES)
-        max_s, max_t = new_s, new_t
+        max_s = new_s
     return max_s, tl.sum(z_s, 0), max_t, tl.sum(z_t, 0), tl.sum(z_1, 0), phis, ratios, about, reach
 
 
@@ -153,7 +157,7 @@ def _kl_sweeps(
     while again:
         estimate = sweeps == 0
         max_s, z_s, max_t, z_t, z_1, phis, ratios, about, reach = _sweep(
-            row_s, row_t, vocab, k, about, estimate, KIND, NEED_Z1, LANES, BLOCK
+            row_s, row_t, vocab, k, about, estimate, True, KIND, NEED_Z1, LANES, BLOCK
         )
         constant = k * (max_t - max_s) + tl.log(z_t) - tl.log(z_s)
         if KIND == REVERSE_KL:
@@ -179,47 +183,9 @@ def _kl_sweeps(
 
 
 @triton.jit
-def _head(row_t, vocab, k, max_t, z_t, depth, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr):
-    """The teacher's head for adaptive_kl: tokens above a boundary logit, and how many at it, in
-    token order.
-
-    The boundary is the largest logit at or above which lies more than half of the mass; it is
-    at least max t - T (log 2V + 1), since rarer tokens hold less than half together. A 16-way
-    bisection of the ordered integers of the logits finds it exactly. `KEY_SHIFT` drops the bits
-    that the teacher's dtype does not have.
-    """
-    lanes = tl.arange(0, BLOCK)
-    ways = tl.arange(1, _SEARCH_WAYS + 1)
-    half = 0.5 * z_t
-    above = tl.full((), 0.0, tl.float32)  # mass beyond the boundary
-    high = (ordered_key(max_t) >> KEY_SHIFT).to(tl.int64)
-    low = (ordered_key(max_t - depth / k) >> KEY_SHIFT).to(tl.int64)
-    low = tl.where(half < 1.0, high, low)  # the first token alone exceeds half
-    while low < high:
-        step = (high - low) // _SEARCH_WAYS + 1
-        bounds = tl.minimum(low + step * ways, high + 1).to(tl.int32)
-        mass = tl.zeros((_SEARCH_WAYS,), tl.float32)
-        for start in range(0, vocab, BLOCK):
-            at = start + lanes
-            t = load_fp32(row_t + at, at < vocab)
-            key, e = ordered_key(t) >> KEY_SHIFT, tl.exp(k * (t - max_t))
-            mass += tl.sum(tl.where(key[None, :] >= bounds[:, None], e[None, :], 0.0), 1)
-        more = mass > half
-        above = tl.max(tl.where(more, 0.0, mass), 0)
-        low += step * tl.sum(more.to(tl.int64), 0)
-        high = tl.minimum(high, low + step - 1)
-    boundary = low.to(tl.int32)
-    dropped = tl.where(boundary < 0, (1 << KEY_SHIFT) - 1, 0)
-    each = tl.exp(k * (from_ordered_key((boundary << KEY_SHIFT) | dropped) - max_t))
-    at_boundary = tl.floor((half - above) / each).to(tl.int32)
-    return boundary, tl.where(above == 0.0, tl.maximum(at_boundary, 1), at_boundary)
-
-
-@triton.jit
 def _term_sweep(
     row_s, row_t, vocab, k, max_s, log_zs, max_t, log_zt, alpha, beta, boundary, at_boundary,
-    KIND: tl.constexpr, WITH_STATS: tl.constexpr, KEY_SHIFT: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WITH_STATS: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The second pass, with the normalisers known: D, c and w (nothing for a KL, which has them),
     and statistics.
@@ -245,10 +211,9 @@ def _term_sweep(
             value += partial_sums(tl.where(infinite, INF, weighted_phi(p, q, d)), LANES)
             centre += partial_sums(tl.where(infinite, INF, weighted_phi(q, p, -d)), LANES)
             token_error = -tl.maximum(p, q) * expm1(-tl.abs(d))
-            key = ordered_key(t) >> KEY_SHIFT
-            tied = (key == boundary).to(tl.int32)
+            tied = (t == boundary).to(tl.int32)
             rank = ties + tl.cumsum(tied, 0)
-            in_head = (key > boundary) | ((tied != 0) & (rank <= at_boundary))
+            in_head = (t > boundary) | ((tied != 0) & (rank <= at_boundary))
             ties += tl.sum(tied, 0)
             error += partial_sums(token_error, LANES)
             head_error += partial_sums(tl.where(in_head, token_error, 0.0), LANES)
@@ -309,8 +274,8 @@ def _divergence_forward(
     student_count, teacher_count, student_stride, teacher_stride, vocab, temperature, alpha, beta,
     label_weight, z_loss, search_depth, KIND: tl.constexpr, SCALE_T2: tl.constexpr,
     WITH_HARD: tl.constexpr, NEED_Z1: tl.constexpr, WITH_STATS: tl.constexpr,
-    KEY_SHIFT: tl.constexpr, SEARCH_BLOCK: tl.constexpr, LANES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    KEPT_ROW: tl.constexpr, KEY_SHIFT: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
+    LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One pair: its loss, saved values and statistics."""
     pair = tl.program_id(0).to(tl.int64)
@@ -340,14 +305,22 @@ def _divergence_forward(
 
     row_s, row_t = student + at_s * student_stride, teacher + at_t * teacher_stride
     k = tl.div_rn(1.0, temperature)
+    boundary, at_boundary = 0.0, 0
     if (KIND == FORWARD_KL) or (KIND == REVERSE_KL):
         max_s, z_s, max_t, z_t, z_1, value, adjust = _kl_sweeps(
             row_s, row_t, vocab, k, KIND, NEED_Z1, LANES, BLOCK
         )
         c = value + adjust if KIND == REVERSE_KL else tl.full((), -1.0, tl.float32)
+    elif KEPT_ROW > 0:
+        max_t, z_t, boundary, at_boundary = head_of_kept_row(
+            row_t, vocab, k, search_depth, KEPT_ROW, LANES
+        )
+        max_s, z_s, _, _, z_1, _, _, _, _ = _sweep(
+            row_s, row_t, vocab, k, 0.0, False, False, KIND, NEED_Z1, LANES, BLOCK
+        )
     else:
         max_s, z_s, max_t, z_t, z_1, _, _, _, _ = _sweep(
-            row_s, row_t, vocab, k, 0.0, False, KIND, NEED_Z1, LANES, BLOCK
+            row_s, row_t, vocab, k, 0.0, False, True, KIND, NEED_Z1, LANES, BLOCK
         )
     log_zs, log_zt = tl.log(z_s), tl.log(z_t)
     log_z1 = tl.log(z_1) if NEED_Z1 else log_zs
@@ -365,14 +338,13 @@ def _divergence_forward(
 
     w = 0.0
     if WITH_STATS or ((KIND != FORWARD_KL) and (KIND != REVERSE_KL)):
-        boundary, at_boundary = 0, 0
-        if KIND == ADAPTIVE_KL:
-            boundary, at_boundary = _head(
+        if (KIND == ADAPTIVE_KL) and (KEPT_ROW == 0):
+            boundary, at_boundary = head_of_long_row(
                 row_t, vocab, k, max_t, z_t, search_depth, KEY_SHIFT, SEARCH_BLOCK
             )
         swept, swept_c, w, entropy_s, entropy_t, common, agree = _term_sweep(
             row_s, row_t, vocab, k, max_s, log_zs, max_t, log_zt, alpha, beta, boundary,
-            at_boundary, KIND, WITH_STATS, KEY_SHIFT, LANES, BLOCK,
+            at_boundary, KIND, WITH_STATS, LANES, BLOCK,
         )  # fmt: skip
         if (KIND != FORWARD_KL) and (KIND != REVERSE_KL):
             value, c = swept, tl.where(swept < INF, swept_c, nan)
@@ -518,7 +490,9 @@ def divergence_fwd(
         return
     with_hard = label_weight != 0.0 or z_loss != 0.0
     with_stats = stats.numel() > 0
-    block, elements = _shape(vocab, student, teacher)
+    kept = triton.next_power_of_2(vocab) if kind == ADAPTIVE_KL.value else 0
+    kept = kept if kept <= KEPT else 0
+    block, elements = _shape(vocab, student, teacher, KEPT_THREADS if kept else THREADS)
     with on_device(student):
         _divergence_forward[(loss.shape[0],)](
             student, teacher, student_rows, teacher_rows,
@@ -527,9 +501,11 @@ def divergence_fwd(
             temperature, alpha, beta, label_weight, z_loss, math.log(2 * vocab) + 1.0,
             KIND=kind, SCALE_T2=scale_t2, WITH_HARD=with_hard,
             NEED_Z1=with_hard and (params is not None or temperature != 1.0),
-            WITH_STATS=with_stats, KEY_SHIFT=_UNUSED_BITS[teacher.dtype],
+            WITH_STATS=with_stats, KEPT_ROW=kept, KEY_SHIFT=_UNUSED_BITS[teacher.dtype],
             SEARCH_BLOCK=min(block, 1024), LANES=block // elements, BLOCK=block,
-            **compiler_options(block, elements, _forward_registers(kind, with_hard or with_stats)),
+            **compiler_options(
+                block, elements, None if kept else _forward_registers(kind, with_hard or with_stats)
+            ),
         )  # fmt: skip
 
 
@@ -545,7 +521,7 @@ def divergence_bwd(
     programs = grad_rows.shape[0] if row_start is None else student.shape[0]
     if programs == 0:
         return
-    block, elements = _shape(vocab, student, teacher)
+    block, elements = _shape(vocab, student, teacher, THREADS)
     with_hard = label_weight != 0.0 or z_loss != 0.0
     registers = 128 if with_hard or row_start is not None else None
     with on_device(student):
@@ -578,10 +554,10 @@ def divergence_overwrite(
 _UNUSED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
 
-def _shape(vocab: int, student: Tensor, teacher: Tensor) -> tuple[int, int]:
+def _shape(vocab: int, student: Tensor, teacher: Tensor, threads: int) -> tuple[int, int]:
     """A program's block, and how much of it a thread holds: 16 bytes of the smaller dtype."""
     elements = 16 // min(student.element_size(), teacher.element_size())
-    return elements * min(THREADS, max(64, triton.next_power_of_2(vocab) // elements)), elements
+    return elements * min(threads, max(64, triton.next_power_of_2(vocab) // elements)), elements
 
 
 def _forward_registers(kind: int, more: bool) -> int | None:

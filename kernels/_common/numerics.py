@@ -24,6 +24,12 @@ def partial_sums(x, LANES: tl.constexpr):
 
 
 @triton.jit
+def partial_mins(x, LANES: tl.constexpr):
+    """A block's minima in the same groups."""
+    return tl.min(tl.reshape(x, (LANES, x.shape[0] // LANES)), 1)
+
+
+@triton.jit
 def _phi_series(x):
     """exp(-x) - 1 + x for abs(x) < 1/2."""
     tail = 1.0 / 5040 - x * (1.0 / 40320)
