@@ -10,10 +10,11 @@ from tools.ladder.mutants import divergence_triton as mutants
 from tools.ladder.mutation import Mutant, assert_all_killed, run_mutants
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+CHECKS = {"divergence.py": mutants.check_kernels, "_common/head.py": mutants.check_searches}
 
 
 def run(file: str, chosen: list[Mutant]) -> None:
-    check = mutants.check_functions if file.startswith("_common") else mutants.check_kernels
+    check = CHECKS.get(file, mutants.check_functions)
     name = "pydistill.kernels." + file.removesuffix(".py").replace("/", ".")
     assert_all_killed(run_mutants(KERNELS / file, chosen, check, module_name=name))
 
@@ -31,9 +32,10 @@ def test_some_mutants_die() -> None:
         ("divergence.py", mutants.FORWARD),
         ("divergence.py", mutants.BACKWARD),
         ("_common/divergences.py", mutants.KINDS),
+        ("_common/head.py", mutants.HEAD),
         ("_common/numerics.py", mutants.NUMERICS),
     ],
-    ids=["forward", "backward", "kinds", "numerics"],
+    ids=["forward", "backward", "kinds", "head", "numerics"],
 )
 def test_all_mutants_die(file: str, chosen: list[Mutant]) -> None:
     assert len(chosen) >= 10 or file.endswith("numerics.py")

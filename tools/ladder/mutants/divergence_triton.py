@@ -1,7 +1,7 @@
 """Mutants of `divergence`'s Triton kernels, and the check that kills them.
 
-`KERNELS` break kernels/divergence.py, `KINDS` the kinds in kernels/_common/divergences.py, and
-`NUMERICS` the functions below both. The check compares launches in the strict interpreter
+`KERNELS` break kernels/divergence.py, `KINDS` the kinds in kernels/_common/divergences.py, `HEAD`
+adaptive_kl's searches in kernels/_common/head.py, and `NUMERICS` the functions below them. The check compares launches in the strict interpreter
 with the reference, on rows made so that every line matters, and counts bytes: a kernel that reads
 too much is broken as well. Each mutant comes in under the name that the launchers import.
 """
@@ -36,8 +36,13 @@ FORWARD = [
     Mutant("(plain > 1.0) &", "(plain > 1e-9) &"),
     Mutant("value = tl.where(infinite, INF, value)", "value = tl.where(infinite, 0.0, value)"),
     Mutant("tl.where(new_s == -INF, 0.0, new_s)", "new_s"),
-    Mutant("half = 0.5 * z_t", "half = 0.4 * z_t"),
-    Mutant("high + 1).to(tl.int32)", "high).to(tl.int32)"),
+    Mutant("if WITH_TEACHER:", "if True:"),
+    Mutant("and (KEPT_ROW == 0)", "and (KEPT_ROW >= 0)"),
+    Mutant("kept if kept <= KEPT else 0", "0"),
+    Mutant(
+        "kept = triton.next_power_of_2(vocab) if", "kept = triton.next_power_of_2(vocab) // 2 if"
+    ),
+    Mutant("(t > boundary) |", "(t >= boundary) |"),
     Mutant("(rank <= at_boundary)", "(rank < at_boundary)"),
     Mutant("ties += tl.sum(tied, 0)", "ties = tl.sum(tied, 0)"),
     Mutant("w * d_value + (1.0 - w) * c", "(1.0 - w) * d_value + w * c"),
@@ -93,7 +98,35 @@ NUMERICS = [
     Mutant("(w - (u - 1.0)) / u", "0.0 * w"),
     Mutant("tl.where(x == 0.0, 0.0, x)", "x"),
 ]
-PARTS = {"forward": FORWARD, "backward": BACKWARD, "kinds": KINDS, "numerics": NUMERICS}
+HEAD = [
+    Mutant("_WAYS = tl.constexpr(16)", "_WAYS = tl.constexpr(8)"),
+    Mutant("tl.where(above == 0.0, tl.maximum(count, 1), count)", "count"),
+    Mutant("tl.maximum(count, 1), count)", "tl.maximum(count, 1), count + 1)"),
+    Mutant("tl.floor((half - above) /", "tl.floor(half /"),
+    Mutant("mass += partial_sums(tl.exp(tl.where", "mass = partial_sums(tl.exp(tl.where"),
+    Mutant("lowest = tl.minimum(lowest, ", "lowest = tl.minimum(INF, "),
+    Mutant("highest = tl.maximum(highest, ", "highest = tl.maximum(-INF, "),
+    Mutant(
+        "mass += partial_sums(tl.exp(k * (row[i]", "mass = partial_sums(tl.exp(k * (row[i]"
+    ),
+    Mutant("most = tl.maximum(most, block)", "most = block"),
+    Mutant("(row_t + at, at < vocab)\n        most", "(row_t + at, at < vocab - 1)\n        most"),
+    Mutant("tl.where(max_t == -INF, 0.0, max_t)", "0.0"),
+    Mutant("half = 0.5 * z_t", "half = 0.4 * z_t", occurrence=0),
+    Mutant("above = tl.where(more, above, beyond)", "above = tl.where(more, above, 0.0)"),
+    Mutant("half = 0.5 * z_t", "half = 0.4 * z_t", occurrence=1),
+    Mutant("high + 1).to(tl.int32)", "high).to(tl.int32)"),
+    Mutant("above = tl.max(tl.where(more, 0.0, mass), 0)", "above = tl.min(mass, 0)"),
+    Mutant("dropped = tl.where(key < 0, (1 << KEY_SHIFT) - 1, 0)", "dropped = 0"),
+    Mutant("low = tl.where(half < 1.0, high, low)", "low = low"),
+]  # fmt: skip
+PARTS = {
+    "forward": FORWARD,
+    "backward": BACKWARD,
+    "kinds": KINDS,
+    "head": HEAD,
+    "numerics": NUMERICS,
+}
 
 
 def check_kernels(module: ModuleType) -> None:
@@ -116,9 +149,17 @@ def check_functions(module: ModuleType) -> None:
     check_flags(kernels)
 
 
+def check_searches(module: ModuleType) -> None:
+    """Raises unless both searches for adaptive_kl's head are right; `module` is their file."""
+    del module
+    kernels = importlib.import_module("pydistill.kernels.divergence")
+    small_blocks(kernels)
+    check_head(kernels)
+
+
 def small_blocks(kernels: Any) -> None:
     """Blocks of 256 fp32 logits, so that short rows have several."""
-    kernels.THREADS = 64
+    kernels.THREADS = kernels.KEPT_THREADS = 64
 
 
 def compare(
@@ -208,23 +249,48 @@ def check_everything(kernels: ModuleType) -> None:
     assert torch.equal(spent.student[[1, 3]], s[[1, 3]])
 
 
-def check_head(kernels: ModuleType) -> None:
-    """adaptive_kl where ties cross the head's boundary, where it is exactly half, or one token."""
+def check_head(kernels: Any) -> None:
+    """adaptive_kl's two searches: rows that are read again, and rows that are kept; their bytes."""
+    g = torch.Generator().manual_seed(5)
+    s, t = torch.randn(2, 600, generator=g), torch.randn(2, 600, generator=g)
+    t[1, 400] = 20.0
+    for kept in (0, 1024):
+        kernels.KEPT = kept
+        check_rows_with_ties(kernels)
+        compare(kernels, Inputs(s, t, None, None, None, None, None), _adaptive(600))
+        for row, most in ((0, 2 if kept else 10), (1, 2)):  # the first token is more than half
+            loss, saved = torch.empty(1), torch.empty(1, 8)
+            args = (s[row : row + 1], t[row : row + 1], *(None,) * 5, *_adaptive(600))
+            with strict() as meter:
+                kernels.divergence_fwd(*args, loss, saved, loss[:0])
+            assert meter.bytes["student"].loaded == 2 * 4 * 600
+            assert meter.bytes["teacher"].loaded <= most * 4 * 600
+
+
+def _adaptive(vocab: int) -> Options:
+    return Options(KINDS_BY_NAME["adaptive_kl"].id, 1.0, 0.0, 0.0, False, 0.0, 0.0, vocab)
+
+
+def check_rows_with_ties(kernels: ModuleType) -> None:
+    """adaptive_kl where ties cross the head's boundary, where it is exactly half, or one token, or
+    among neighbouring numbers, and where it is negative."""
     g = torch.Generator().manual_seed(4)
-    s, t = torch.randn(6, 41, generator=g), torch.randn(6, 41, generator=g)
+    s, t = torch.randn(8, 41, generator=g), torch.randn(8, 41, generator=g)
     t[:3] = torch.round(2 * t[:3]) / 4  # zeros of both signs among them
+    t[1] -= 5.0
     t[3, :32], t[3, 32:] = 0.0, -torch.inf
     s[3, 32:] = -torch.inf
     t[4, 17] = 9.0
     t[5] = torch.where(torch.arange(41) % 2 == 0, 0.0, -0.0)
-    options = Options(KINDS_BY_NAME["adaptive_kl"].id, 1.0, 0.0, 0.0, False, 0.0, 0.0, 41)
+    t[6] = 1.0 + 2.0**-23 * (torch.arange(41) % 6)
+    t[7] = -1.0 - 2.0**-7 * (torch.arange(41) % 6)
     inputs = Inputs(s, t, None, None, None, None, None)
-    compare(kernels, inputs, options)
+    compare(kernels, inputs, _adaptive(41))
     long = inputs._replace(student=torch.randn(1, 600, generator=g), teacher=torch.zeros(1, 600))
     long.teacher[0, 599] = -0.3
-    compare(kernels, long, options._replace(vocab=600))
+    compare(kernels, long, _adaptive(600))
     half = inputs._replace(student=s.bfloat16().float(), teacher=t.bfloat16())
-    compare(kernels, half, options)
+    compare(kernels, half, _adaptive(41))
 
 
 def check_flags(kernels: ModuleType) -> None:
