@@ -2,9 +2,11 @@
 // student row in backward.
 //
 // Bytes: forward_kl and reverse_kl read a pair once, and again only where a row's sums cancel;
-// the other kinds need the normalisers before their terms and read it twice; adaptive_kl looks for
-// the teacher's head in between (up to 9 reads of the teacher's row). Statistics are a sweep of
-// their own. Backward reads both rows once and writes the gradient.
+// the other kinds need the normalisers before their terms and read it twice. adaptive_kl looks for
+// the teacher's head in between: the first sweep leaves the teacher's row in shared memory where
+// the device has that much for a block, and all that follows reads it there; a longer row is read
+// up to 9 more times. Statistics are a sweep of their own. Backward reads both rows once and writes
+// the gradient.
 //
 // Every result is the same from run to run: sums have a fixed order and there are no atomics.
 #include "cuda/divergence.cuh"
@@ -68,9 +70,10 @@ constexpr int kForwardBlocks = kKind == kAlphaBeta || kKind == kAdaptiveKl ? 3 :
 template <int kKind>
 constexpr int kBackwardBlocks = kKind == kSkewReverseKl || kKind == kAlphaBeta ? 3 : 4;
 
+// `keep` says that the dynamic shared memory has room for the teacher's row.
 template <int kKind, class S>
 __global__ void __launch_bounds__(kBlock, kForwardBlocks<kKind>)
-    divergence_forward(const __grid_constant__ DivergenceCall call) {
+    divergence_forward(const __grid_constant__ DivergenceCall call, bool keep) {
   __shared__ float scratch[kScratch];
   const int64_t index = blockIdx.x;
   if (call.counted && !call.counted[index]) return write_constant(call, index, 0.0f);
@@ -79,10 +82,16 @@ __global__ void __launch_bounds__(kBlock, kForwardBlocks<kKind>)
       !are_valid<kKind>(pair.temperature, pair.params))
     return write_constant(call, index, NAN);
 
-  const Rows<S> rows = rows_of<S>(call, pair);
+  Rows<S> rows = rows_of<S>(call, pair);
+  void* copy = nullptr;
+  if constexpr (kKind == kAdaptiveKl) {
+    PYD_DYNAMIC_SHARED(char, shared);
+    if (keep) copy = rows.copy_in(shared);
+  }
   const float k2 = kLog2E / pair.temperature;
   const bool hard = has_hard_terms(call), hot = hard && pair.temperature != 1.0f;
-  const Seen seen = first_sweep<kKind>(rows, k2, hot, scratch);
+  const Seen seen = first_sweep<kKind>(rows, k2, hot, scratch, copy);
+  if (copy) rows.aim(copy);
   // NaN and +inf logits made the sums NaN, a row of -inf left one at 0.
   if (!(seen.z_s > 0.0f && seen.z_t > 0.0f)) return write_constant(call, index, NAN);
   const float logz_s = logf(seen.z_s), logz_t = logf(seen.z_t);
@@ -270,8 +279,13 @@ template <int kKind>
 struct Forward {
   template <class S>
   static int launch(const DivergenceCall& call, void* stream) {
-    return PYD_LAUNCH((divergence_forward<kKind, S>), static_cast<unsigned>(call.pairs), kBlock, 0,
-                      stream, call);
+    int64_t bytes = 0;
+    if (kKind == kAdaptiveKl) {
+      bytes = Rows<S>::copy_bytes(call.vocab, call.teacher_dtype);
+      if (bytes > PYD_SHARED_LIMIT((divergence_forward<kKind, S>))) bytes = 0;
+    }
+    return PYD_LAUNCH((divergence_forward<kKind, S>), static_cast<unsigned>(call.pairs), kBlock,
+                      static_cast<size_t>(bytes), stream, call, bytes > 0);
   }
 };
 

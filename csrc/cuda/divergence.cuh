@@ -64,6 +64,28 @@ struct Rows {
     }
   }
 
+  // Bytes of the shared memory that a copy of a teacher's row takes, wherever tiles begin.
+  __host__ __device__ static int64_t copy_bytes(int64_t vocab, int dtype) {
+    const int64_t size = static_cast<Dtype>(dtype) == Dtype::kFloat32 ? 4 : 2;
+    return (vocab + static_cast<int64_t>(sizeof(uint4) / sizeof(S)) - 1) * size;
+  }
+
+  // Where the copy's first token lies, so that tiles are aligned in it.
+  __device__ void* copy_in(void* shared) const {
+    return static_cast<char*>(shared) - origin * (teacher_dtype == Dtype::kFloat32 ? 4 : 2);
+  }
+
+  // Writes a teacher's tile where the copy has it.
+  __device__ void keep(void* copy, int tile, const float (&t)[kTile]) const {
+    if (teacher_dtype == Dtype::kFloat32) {
+      keep_as<float>(copy, tile, t);
+    } else if (teacher_dtype == Dtype::kBfloat16) {
+      keep_as<__nv_bfloat16>(copy, tile, t);
+    } else {
+      keep_as<__half>(copy, tile, t);
+    }
+  }
+
   __device__ float teacher_at(int j) const {
     if (teacher_dtype == Dtype::kFloat32) return static_cast<const float*>(teacher)[j];
     if (teacher_dtype == Dtype::kBfloat16)
@@ -75,6 +97,11 @@ struct Rows {
   template <class T>
   __device__ void load_as(int tile, float (&t)[kTile]) const {
     load_tile(static_cast<const T*>(teacher), start(tile), vocab, teacher_wide, -INFINITY, t);
+  }
+
+  template <class T>
+  __device__ void keep_as(void* copy, int tile, const float (&t)[kTile]) const {
+    store_tile(static_cast<T*>(copy), start(tile), vocab, true, t);
   }
 };
 
@@ -163,13 +190,14 @@ __device__ __forceinline__ Seen guessed(const float (&s)[kTile], const float (&t
 }
 
 // Reads both rows once: their maxima and normalisers and, for the KLs, the sums of `Seen`. `hot`
-// also asks for z_one, the student's sum at temperature 1.
+// also asks for z_one, the student's sum at temperature 1, and `copy`, if there is one, for the
+// teacher's row in it; each thread writes the tiles that it will read.
 //
 // A thread rescales its sums when its running maxima grow, which it seldom does. The guess is the
 // shift that the first kBlock tiles alone would have; later tiles are measured about it.
 template <int kKind, class S>
-__device__ __forceinline__ Seen first_sweep(const Rows<S>& rows, float k2, bool hot,
-                                            float* scratch) {
+__device__ __forceinline__ Seen first_sweep(const Rows<S>& rows, float k2, bool hot, float* scratch,
+                                            void* copy = nullptr) {
   constexpr bool kKl = kKind == kForwardKl || kKind == kReverseKl;
   constexpr bool kReverse = kKind == kReverseKl;
   Seen seen;
@@ -179,6 +207,7 @@ __device__ __forceinline__ Seen first_sweep(const Rows<S>& rows, float k2, bool 
     float s[kTile], t[kTile];
     rows.load_student(tile, s);
     rows.load_teacher(tile, t);
+    if (kKind == kAdaptiveKl && copy) rows.keep(copy, tile, t);
     if (kKl && tile < kBlock) {
       seen = guessed<kReverse>(s, t, k2, scratch);
       const float ahead = kReverse ? seen.max_t - seen.max_s : seen.max_s - seen.max_t;
@@ -382,9 +411,10 @@ __device__ __forceinline__ int find_tie(const Rows<S>& rows, float value, int m)
 // long as the mass up to and with each is at most a half, and the first in any case.
 //
 // The logit at which the mass above passes a half is found by cutting its range in 12, again and
-// again; a sweep of the teacher's row weighs what lies above each cut. The range ends as one
-// representable logit: after at most 9 sweeps for fp32, 6 for fp16 and 5 for bf16, fewer because
-// it begins at the logits that can matter at all. Then ties are counted, if part of them is in.
+// again; a sweep of the teacher's row, or of its copy in shared memory, weighs what lies above each
+// cut. The range ends as one representable logit: after at most 9 sweeps for fp32, 6 for fp16 and 5
+// for bf16, fewer because it begins at the logits that can matter at all. Then ties are counted, if
+// part of them is in.
 template <class S>
 __device__ __forceinline__ Head find_head(const Rows<S>& rows, float k2, const Seen& seen,
                                           float* scratch) {

@@ -5,10 +5,12 @@
 //
 // evaluates to 0 or the CUDA error code. The parentheses keep template commas from the
 // preprocessor. PYD_DYNAMIC_SHARED(float, tile) declares `float* tile`, the launch's dynamic shared
-// memory; more than 48 KiB of it is asked for here.
+// memory; more than 48 KiB of it is asked for here. PYD_SHARED_LIMIT(kernel) is how many bytes of
+// it a launch may have on the current device.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 // A launcher is torch-free: raw pointers, sizes, a stream last; it returns a CUDA error code.
 #define PYD_API extern "C" __attribute__((visibility("default")))
@@ -21,6 +23,7 @@
   (static_cast<void>(stream),                                      \
    ::cusim::launch_kernel(#kernel, kernel, dim3(grid), dim3(block), shared_bytes, __VA_ARGS__))
 #define PYD_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::cusim::dynamic_shared())
+#define PYD_SHARED_LIMIT(kernel) ::cusim::shared_limit()
 
 #else
 
@@ -44,6 +47,20 @@ int launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t share
   return static_cast<int>(cudaGetLastError());
 }
 
+// 0 where the device does not answer; the launch will then say why.
+template <class... Params>
+int64_t shared_limit(void (*kernel)(Params...)) {
+  int device = 0, most = 0;
+  cudaFuncAttributes used = {};
+  const auto* symbol = reinterpret_cast<const void*>(kernel);
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess ||
+      cudaFuncGetAttributes(&used, symbol) != cudaSuccess)
+    return 0;
+  return most - static_cast<int64_t>(used.sharedSizeBytes);
+}
+
 }  // namespace pydistill
 
 #define PYD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -51,5 +68,6 @@ int launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t share
 #define PYD_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char pyd_dynamic_shared[]; \
   type* name = reinterpret_cast<type*>(pyd_dynamic_shared)
+#define PYD_SHARED_LIMIT(kernel) ::pydistill::shared_limit(kernel)
 
 #endif

@@ -278,6 +278,7 @@ uint3 block_index() { return sim.block_id; }
 dim3 block_dim() { return sim.block; }
 dim3 grid_dim() { return sim.grid; }
 void* dynamic_shared() { return sim.dynamic_shared.data(); }
+int64_t shared_limit() { return sim.shared_limit; }
 
 void touch(const volatile void* address, size_t bytes, Access access) {
   if (observer) observer->touch(reinterpret_cast<uintptr_t>(address), bytes, access);
@@ -340,7 +341,7 @@ int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*
   if (!threads || threads > kMaxThreads || block.z > 64) return kInvalidConfiguration;
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     return kInvalidConfiguration;
-  if (shared_bytes > kMaxShared) return kInvalidValue;
+  if (static_cast<int64_t>(shared_bytes) > sim.shared_limit) return kInvalidValue;
   if (!sim.stacks) {
     void* memory = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -378,7 +379,8 @@ int launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*
 
 #define CUSIM_API extern "C" __attribute__((visibility("default")))
 
-CUSIM_API void cusim_begin(int order, uint32_t seed) {
+CUSIM_API void cusim_begin(int order, uint32_t seed, int64_t shared_limit) {
+  cusim::sim.shared_limit = shared_limit < 0 ? cusim::kMaxShared : shared_limit;
   cusim::sim.order = order;
   cusim::sim.random = seed * 2654435761u + 1;
   cusim::sim.error.clear();

@@ -65,6 +65,7 @@ uint3 block_index();
 dim3 block_dim();
 dim3 grid_dim();
 void* dynamic_shared();
+int64_t shared_limit();  // bytes of dynamic shared memory that a launch may have
 int block_barrier(bool predicate, Site site);  // returns the number of true predicates
 void warp_barrier(unsigned mask, Site site);
 uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, int operand, int width, Site site);

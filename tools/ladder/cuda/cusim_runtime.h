@@ -56,6 +56,7 @@ struct Sim {
   int order = 0;           // 0 forward, 1 reverse, 2 random
   uint32_t random = 1;
   int64_t launches = 0;
+  int64_t shared_limit = kMaxShared;
   // A barrier begins a new interval; a __syncwarp of the whole warp a new generation of that warp.
   uint32_t interval = 0;
   uint32_t generation[kMaxThreads / 32] = {};

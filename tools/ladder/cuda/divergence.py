@@ -60,9 +60,10 @@ class Call:
 class Simulator:
     """Kernels with the operator's schemas, run by `sim` in one thread order."""
 
-    def __init__(self, sim: CudaSim, order: str) -> None:
+    def __init__(self, sim: CudaSim, order: str, shared_limit: int | None) -> None:
         self.sim = sim
         self.order = order
+        self.shared_limit = shared_limit
         self.calls: list[Call] = []
 
     def divergence_fwd(self, *args: Any) -> None:
@@ -122,7 +123,11 @@ class Simulator:
             columns=student.shape[1],
         )
         report = self.sim.call(
-            name, ctypes.c_void_p(ctypes.addressof(call)), buffers=present, order=self.order
+            name,
+            ctypes.c_void_p(ctypes.addressof(call)),
+            buffers=present,
+            order=self.order,
+            shared_limit=self.shared_limit,
         )
         self.calls.append(Call(name, report, present))
 
@@ -141,8 +146,13 @@ def _register() -> None:
 
 
 @contextmanager
-def simulated(sim: CudaSim, order: str = "forward") -> Iterator[list[Call]]:
-    """`impl="cuda"` runs `sim` on CPU tensors inside the block; gives the list of kernel calls."""
+def simulated(
+    sim: CudaSim, order: str = "forward", shared_limit: int | None = None
+) -> Iterator[list[Call]]:
+    """`impl="cuda"` runs `sim` on CPU tensors inside the block; gives the list of kernel calls.
+
+    `shared_limit` is the device's, in bytes (`CudaSim.call`).
+    """
     import pydistill  # noqa: F401  the operators' schemas come first
 
     if not torch._C._dispatch_has_kernel_for_dispatch_key("pydistill_cuda::divergence_fwd", "CPU"):
@@ -152,7 +162,7 @@ def simulated(sim: CudaSim, order: str = "forward") -> Iterator[list[Call]]:
     def resolve_cuda(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
         return impl if impl == "cuda" else resolve(name, impl, device, dtype)
 
-    simulator = Simulator(sim, order)
+    simulator = Simulator(sim, order, shared_limit)
     _active.append(simulator)
     try:
         with mock.patch.object(_registry, "resolve", resolve_cuda):

@@ -287,6 +287,7 @@ class CudaSim:
         *args: Any,
         buffers: Mapping[str, torch.Tensor] | None = None,
         order: str = "forward",
+        shared_limit: int | None = None,
         check: bool = True,
     ) -> Report:
         """Calls the launcher `name` with `args` and a null stream appended.
@@ -296,7 +297,8 @@ class CudaSim:
         With hooks, a kernel may touch the tensors in `buffers`, among `args` and in structs, each
         within its own view, and nothing else. The report calls them by the name in `buffers`, by
         the struct's field, or arg0, arg1, ... `order` is "forward", "reverse" or "random:SEED",
-        the order of threads and blocks.
+        the order of threads and blocks. `shared_limit` is how many bytes of dynamic shared memory a
+        launch may have, sm_90's if not given.
 
         Raises `CudaSimError` when the launcher fails, or, with hooks, on a data race; with
         `check=False` the report tells instead.
@@ -305,7 +307,7 @@ class CudaSim:
         if kind not in ORDERS or (seed and not seed.isdigit()):
             raise ValueError(f"unknown order {order!r}; use forward, reverse or random:SEED")
         named = _named_tensors(args, buffers or {})
-        masks = self._begin(ORDERS[kind], int(seed or 1), named)
+        masks = self._begin(ORDERS[kind], int(seed or 1), shared_limit, named)
         function = self._library[name]
         function.restype = ctypes.c_int
         status = int(function(*map(_to_c, args), ctypes.c_void_p(None)))
@@ -320,9 +322,10 @@ class CudaSim:
         return report
 
     def _begin(
-        self, order: int, seed: int, named: Mapping[str, torch.Tensor]
+        self, order: int, seed: int, shared_limit: int | None, named: Mapping[str, torch.Tensor]
     ) -> list[torch.Tensor]:
-        self._library.cusim_begin(ctypes.c_int(order), ctypes.c_uint32(seed))
+        limit = ctypes.c_int64(-1 if shared_limit is None else shared_limit)
+        self._library.cusim_begin(ctypes.c_int(order), ctypes.c_uint32(seed), limit)
         masks: list[torch.Tensor] = []
         if not self.hooks:
             return masks
