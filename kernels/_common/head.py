@@ -64,7 +64,7 @@ def head_of_kept_row(row_t, vocab, k, depth, ROW: tl.constexpr, LANES: tl.conste
         at = start + lanes
         block = load_fp32(row_t + at, at < vocab)
         most = tl.maximum(most, block)
-        row = row + (block,)
+        row += (block,)  # type: ignore[assignment]
     max_t = tl.max(most, 0)
     peak = tl.where(max_t == -INF, 0.0, max_t)
     mass = tl.zeros((LANES,), tl.float32)

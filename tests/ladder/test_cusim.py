@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -270,6 +270,13 @@ def test_launch_limits(grid: int, block: int, shared: int, status: int) -> None:
     assert report.status == status
 
 
+@pytest.mark.parametrize(("limit", "status"), [(1024, 0), (1023, 1), (0, 1)])
+def test_launch_within_the_limit_that_a_call_names(limit: int, status: int) -> None:
+    call = partial(build("features.cu").call, "pyd_launch_shape", 1, 32, 1024)
+    assert call(torch.zeros(32), shared_limit=limit, check=False).status == status
+    assert call(torch.zeros(32)).status == 0
+
+
 # Faults. Each is caught by the hooks build in every order; those with `plain` also without hooks.
 
 FAULTS = {
@@ -294,6 +301,8 @@ FAULTS = {
     "blocks_add": (r"data race on out\[0\].* by (several blocks|block \d)", False),
     "write_after_foreign_read": (r"data race on out\[\d\]: (store|load) by", False),
     "atomic_and_plain": (r"data race on out\[0\]", False),
+    "dynamic_shared_out_of_bounds": ("out of bounds store of 4 bytes", False),
+    "dynamic_shared_race": ("data race on byte .* of dynamic shared memory", False),
 }
 
 

@@ -25,7 +25,7 @@ def test_some_mutants_die() -> None:
 
 
 @pytest.mark.ladder_full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("file", "chosen"),
     [

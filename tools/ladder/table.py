@@ -32,6 +32,7 @@ Table = dict[str, Row]
 DTYPES = ("fp32", "bf16")
 DIRECTIONS = ("forward", "backward")
 ROWS, VOCAB = 64, 32000
+LONG = 151936  # adaptive_kl's forward has another way for rows that no chip keeps
 BYTES_ROWS = 1  # the simulators run every thread
 
 
@@ -45,14 +46,14 @@ def compiled_row(registers: int, spills: int, shared: int, occupancy: float) -> 
     }
 
 
-def bytes_row(direction: str, traffic: Mapping[str, int], itemsize: int) -> Row:
+def bytes_row(direction: str, traffic: Mapping[str, int], itemsize: int, vocab: int = VOCAB) -> Row:
     """`traffic` is every byte asked for, by tensor.
 
     `logits` are those of student, teacher and gradient, `small` all others; a small number that
     every thread of a block reads counts once a thread.
     """
     streams = ("student", "teacher", "grad")[: {"forward": 2, "backward": 3}[direction]]
-    stream = BYTES_ROWS * VOCAB * itemsize
+    stream = BYTES_ROWS * vocab * itemsize
     logits, total = sum(traffic[name] for name in streams), sum(traffic.values())
     return {
         "logits": logits,
@@ -71,6 +72,19 @@ def versions() -> Row:
 
     nvcc = release()
     return {"triton": version("triton"), **({} if nvcc is None else {"nvcc": nvcc})}
+
+
+def kernels() -> list[tuple[str, str, str, int]]:
+    """Kind, dtype, direction and vocabulary of every kernel that the table has."""
+    from pydistill.reference.divergence import KINDS
+
+    each = [(kind, dtype, way, VOCAB) for kind in KINDS for dtype in DTYPES for way in DIRECTIONS]
+    return each + [("adaptive_kl", dtype, "forward", LONG) for dtype in DTYPES]
+
+
+def key_of(backend: str, kind: str, dtype: str, direction: str, vocab: int, column: str) -> str:
+    length = "" if vocab == VOCAB else f" V={vocab}"
+    return f"{backend} {direction} {kind} {dtype}{length} {column}"
 
 
 def _dtype(name: str) -> Any:
@@ -105,53 +119,49 @@ def triton_rows(target: str) -> Table:
     from tools.ladder.dry_run import dry_run
 
     rows: Table = {}
-    for kind, spec in KINDS.items():
-        options = Options(spec.id, 1.0, 0.3, 0.6, False, 0.0, 0.0, VOCAB)
-        for dtype in DTYPES:
-            s, t = (torch.empty(ROWS, VOCAB, dtype=_dtype(dtype)) for _ in range(2))
-            for direction in DIRECTIONS:
-                key = f"triton {direction} {kind} {dtype} {target}"
-                try:
-                    with dry_run(target) as log:
-                        _launch(direction, s, t, options)
-                except (TritonError, RuntimeError) as error:
-                    print(f"{key}: {error}", file=sys.stderr)
-                    rows[key] = {"compiles": False}
-                    continue
-                (report,) = log.kernels
-                rows[key] = compiled_row(
-                    report.resources.registers,
-                    report.spills,
-                    report.shared,
-                    report.occupancy.fraction,
-                )
+    for kind, dtype, direction, vocab in kernels():
+        options = Options(KINDS[kind].id, 1.0, 0.3, 0.6, False, 0.0, 0.0, vocab)
+        s, t = (torch.empty(ROWS, vocab, dtype=_dtype(dtype)) for _ in range(2))
+        key = key_of("triton", kind, dtype, direction, vocab, target)
+        try:
+            with dry_run(target) as log:
+                _launch(direction, s, t, options)
+        except (TritonError, RuntimeError) as error:
+            print(f"{key}: {error}", file=sys.stderr)
+            rows[key] = {"compiles": False}
+            continue
+        (report,) = log.kernels
+        rows[key] = compiled_row(
+            report.resources.registers, report.spills, report.shared, report.occupancy.fraction
+        )
     return rows
+
+
+def _logits(dtype: str, vocab: int) -> Any:
+    import torch
+
+    generator = torch.Generator().manual_seed(5)
+    draws = (torch.randn(BYTES_ROWS, vocab, generator=generator) for _ in range(2))
+    return tuple(draw.to(_dtype(dtype)) for draw in draws)
 
 
 def triton_bytes() -> Table:
     """Bytes that the Triton kernels ask for, in the strict interpreter."""
     os.environ["TRITON_INTERPRET"] = "1"
-    import torch
-
     from pydistill.reference.divergence import KINDS, Options
     from tools.ladder.interpreter import strict
 
     rows: Table = {}
-    for kind, spec in KINDS.items():
+    for kind, dtype, direction, vocab in kernels():
+        spec = KINDS[kind]
         alpha, beta = spec.alpha or 0.0, spec.beta or 0.0
-        options = Options(spec.id, 1.0, alpha, beta, False, 0.0, 0.0, VOCAB)
-        for dtype in DTYPES:
-            generator = torch.Generator().manual_seed(5)
-            s, t = (
-                torch.randn(BYTES_ROWS, VOCAB, generator=generator).to(_dtype(dtype))
-                for _ in range(2)
-            )
-            for direction in DIRECTIONS:
-                with strict() as meter:
-                    _launch(direction, s, t, options)
-                moved = {name: seen.loaded + seen.stored for name, seen in meter.bytes.items()}
-                key = f"triton {direction} {kind} {dtype} bytes"
-                rows[key] = bytes_row(direction, moved, s.dtype.itemsize)
+        options = Options(spec.id, 1.0, alpha, beta, False, 0.0, 0.0, vocab)
+        s, t = _logits(dtype, vocab)
+        with strict() as meter:
+            _launch(direction, s, t, options)
+        moved = {name: seen.loaded + seen.stored for name, seen in meter.bytes.items()}
+        key = key_of("triton", kind, dtype, direction, vocab, "bytes")
+        rows[key] = bytes_row(direction, moved, s.dtype.itemsize, vocab)
     return rows
 
 
@@ -189,29 +199,21 @@ def _cuda_name(name: str) -> str:
 
 def cuda_bytes() -> Table:
     """Bytes that the CUDA kernels move under cusim, counted by its memory hooks."""
-    import torch
-
     from pydistill.ops.divergence import divergence
-    from pydistill.reference.divergence import KINDS
     from tools.ladder.cuda.divergence import SOURCE, simulated
     from tools.ladder.cuda.sim import CudaSim
 
     sim = CudaSim.build(SOURCE, hooks=True)
     rows: Table = {}
-    for kind in KINDS:
-        for dtype in DTYPES:
-            generator = torch.Generator().manual_seed(5)
-            s, t = (
-                torch.randn(BYTES_ROWS, VOCAB, generator=generator).to(_dtype(dtype))
-                for _ in range(2)
-            )
-            with simulated(sim) as calls:
-                loss = divergence(s.requires_grad_(), t, kind, reduction="sum", impl="cuda")
+    for kind, dtype, direction, vocab in kernels():
+        s, t = _logits(dtype, vocab)
+        with simulated(sim) as calls:
+            loss = divergence(s.requires_grad_(), t, kind, reduction="sum", impl="cuda")
+            if direction == "backward":
                 loss.backward()
-            for direction, call in zip(DIRECTIONS, calls, strict=True):
-                key = f"cuda {direction} {kind} {dtype} bytes"
-                moved = {name: seen.bytes_moved for name, seen in call.report.buffers.items()}
-                rows[key] = bytes_row(direction, moved, s.dtype.itemsize)
+        moved = {name: seen.bytes_moved for name, seen in calls[-1].report.buffers.items()}
+        key = key_of("cuda", kind, dtype, direction, vocab, "bytes")
+        rows[key] = bytes_row(direction, moved, s.dtype.itemsize, vocab)
     return rows
 
 
@@ -255,13 +257,17 @@ def markdown(table: Table) -> str:
         "Written by `make ladder` from `tools/ladder/table.json`. No kernel ran on a GPU for it:",
         "compilers give registers and occupancy, simulators count bytes. A cell under a target is",
         "registers, occupancy and shared memory in bytes (Triton: temperature 1, no labels;",
-        "CUDA: static shared memory), and names the spills if there are any.",
+        "CUDA: static shared memory), and names the spills if there are any. Beside it, the CUDA",
+        "forward of `adaptive_kl` takes as much as a teacher's row where a block may have that.",
         "",
         "Bytes are all that the kernel's threads ask for, small tensors too, over their floor:",
         "every logit read once and the gradient written once, for",
         f"{BYTES_ROWS} row of {VOCAB} logits.",
-        "A forward that needs the normalisers before its terms reads twice; `adaptive_kl` also",
-        "searches the teacher's row for its head, and how often it reads a row stands in brackets.",
+        "A forward that needs the normalisers before its terms reads twice. `adaptive_kl` searches",
+        "the teacher's row for its head in between, on the chip: in registers up to 32,768 tokens",
+        "(Triton), in shared memory as long as the row fits (CUDA, which then takes the terms from",
+        "there too). A longer row is read again for every step of the search; how often stands in",
+        f"brackets, for a row of {LONG} logits and a limit of 227 KB.",
     ]
     if "versions" in table:
         named = (f"{name} {version}" for name, version in table["versions"].items())

@@ -109,10 +109,23 @@ __global__ void atomic_and_plain(float* data, float* out) {
   if (threadIdx.x == 32) out[0] = data[0];
 }
 
+__global__ void dynamic_shared_out_of_bounds(float* out) {
+  PYD_DYNAMIC_SHARED(float, tile);
+  tile[threadIdx.x] = 1.0f;
+  out[threadIdx.x] = tile[threadIdx.x];
+}
+
+__global__ void dynamic_shared_race(const float* in, float* out) {
+  PYD_DYNAMIC_SHARED(float, tile);
+  tile[threadIdx.x] = in[threadIdx.x];
+  out[threadIdx.x] = tile[63 - threadIdx.x];
+}
+
 }  // namespace
 
-#define FAULT(name, grid, block, ...) \
-  if (which == index++) return PYD_LAUNCH(name, grid, block, 0, stream, __VA_ARGS__);
+#define FAULT_WITH_SHARED(name, grid, block, bytes, ...) \
+  if (which == index++) return PYD_LAUNCH(name, grid, block, bytes, stream, __VA_ARGS__);
+#define FAULT(name, grid, block, ...) FAULT_WITH_SHARED(name, grid, block, 0, __VA_ARGS__)
 
 // Numbered in the order of FAULTS in test_cusim.py.
 PYD_API int pyd_fault(int which, const float* in, float* out, int n, void* stream) {
@@ -135,5 +148,7 @@ PYD_API int pyd_fault(int which, const float* in, float* out, int n, void* strea
   FAULT(blocks_add, 4, 32, out)
   FAULT(write_after_foreign_read, 4, 32, out)
   FAULT(atomic_and_plain, 1, 64, out, out + 1)
+  FAULT_WITH_SHARED(dynamic_shared_out_of_bounds, 1, 32, 31 * sizeof(float), out)
+  FAULT_WITH_SHARED(dynamic_shared_race, 1, 64, 64 * sizeof(float), in, out)
   return 1;
 }

@@ -48,6 +48,11 @@ FORWARD = [
         "make_float4(seen.max_s, logz_s, seen.max_t, logz_t)",
         "make_float4(seen.max_s, logz_t, seen.max_t, logz_s)",
     ),
+    Mutant("if (copy) rows.aim(copy);", ""),
+    Mutant("if (keep) copy = ", "copy = "),
+    Mutant("(bytes > PYD_SHARED_LIMIT", "(bytes >= PYD_SHARED_LIMIT"),
+    Mutant("(bytes > PYD_SHARED_LIMIT", "(bytes > 1 + PYD_SHARED_LIMIT"),
+    Mutant("stream, call, bytes > 0)", "stream, call, true)"),
 ]
 STATISTICS = [
     Mutant("add[2] += fminf(x.p, x.q);", "add[2] += fmaxf(x.p, x.q);"),
@@ -105,6 +110,11 @@ SWEEPS = [
     Mutant("if (mass[c] > half) {", "if (mass[c] > 0.5f * half) {"),
     Mutant("for (int i = base; before < m; ++i)", "for (int i = base; before < m - 1; ++i)"),
     Mutant("before += here;", ""),
+    Mutant("- origin * (teacher_dtype", "+ origin * (teacher_dtype"),
+    Mutant(" + static_cast<int64_t>(sizeof(uint4) / sizeof(S)) - 1) * size", ") * size"),
+    Mutant("if (kKind == kAdaptiveKl && copy) rows.keep(copy, tile, t);", ""),
+    Mutant("keep_as<__half>(copy, tile, t)", "keep_as<__nv_bfloat16>(copy, tile, t)"),
+    Mutant("start(tile), vocab, true, t);", "start(tile), vocab - 1, true, t);"),
     Mutant("total.no_p = apart[1] == INFINITY;", "total.no_p = false;"),
     Mutant(
         "const bool absent = t == -INFINITY && s == -INFINITY;",
@@ -186,7 +196,14 @@ def assert_close(name: str, got: Tensor, want: Tensor, rtol: float, atol: float)
 
 
 def compare(
-    sim: CudaSim, student: Tensor, teacher: Tensor, kind: str, *, rtol: float = 1e-5, **options: Any
+    sim: CudaSim,
+    student: Tensor,
+    teacher: Tensor,
+    kind: str,
+    *,
+    rtol: float = 1e-5,
+    shared_limit: int | None = None,
+    **options: Any,
 ) -> list[Any]:
     """Loss and gradient against the reference in fp64; gives the calls."""
     options = {"reduction": "none", **options}
@@ -195,7 +212,7 @@ def compare(
     want = divergence(exact, teacher.double(), kind, impl="reference", **_doubled(options))
     upstream = torch.linspace(0.5, 1.5, want.numel())
     (want_grad,) = torch.autograd.grad(want, exact, upstream.double())
-    with simulated(sim, "random:1") as calls:
+    with simulated(sim, "random:1", shared_limit) as calls:
         loss = divergence(leaf, teacher, kind, impl="cuda", **options)
         (grad,) = torch.autograd.grad(loss, leaf, upstream)
     assert_close(f"{kind} loss", loss, want, rtol, 1e-7 if rtol == 1e-5 else 0.0)
@@ -304,17 +321,24 @@ def check_kinds(sim: CudaSim) -> None:
 
 
 def check_head(sim: CudaSim) -> None:
-    """adaptive_kl: ties in token order, a head of one token, a head at exactly a half."""
+    """adaptive_kl with the teacher's row in shared memory and without: ties in token order, a head
+    of one token, a head at exactly a half; and how often the row is read."""
     student, teacher = torch.randn(2, 1000), torch.round(torch.randn(2, 1000))
-    compare(sim, student, teacher, "adaptive_kl")
-    compare(sim, student, teacher.bfloat16(), "adaptive_kl")
-    compare(sim, student, teacher.half(), "adaptive_kl")
-    peaked = torch.zeros(2, 40)
+    few = torch.randn(2, 43)
+    peaked = torch.zeros(2, 43)
     peaked[:, 7], peaked[1, 23] = 20.0, 20.0
-    compare(sim, torch.randn(2, 40), peaked, "adaptive_kl")
     halves = torch.full((1, 9), -60.0)
     halves[0, [2, 3, 5, 7]] = 0.0  # the first two weigh a half together
-    compare(sim, torch.randn(1, 9), halves, "adaptive_kl")
+    for limit in (0, None):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            compare(sim, student, teacher.to(dtype), "adaptive_kl", shared_limit=limit)
+        compare(sim, few, peaked, "adaptive_kl", shared_limit=limit)
+        compare(sim, few[:1, :9], halves, "adaptive_kl", shared_limit=limit)
+    need = (1000 + 3) * 4  # tiles begin up to three fp32 logits before a row
+    for limit, least, most in ((need - 1, 3.0, 12.0), (need, 1.0, 1.0)):
+        forward, _ = compare(sim, student, teacher, "adaptive_kl", shared_limit=limit)
+        read = forward.report.buffers["teacher"].bytes_loaded / (teacher.numel() * 4)
+        assert least <= read <= most, f"read the teacher {read} times with {limit} bytes to keep it"
 
 
 def check_infinite_rows(sim: CudaSim) -> None:

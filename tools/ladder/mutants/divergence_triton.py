@@ -1,9 +1,10 @@
 """Mutants of `divergence`'s Triton kernels, and the check that kills them.
 
 `KERNELS` break kernels/divergence.py, `KINDS` the kinds in kernels/_common/divergences.py, `HEAD`
-adaptive_kl's searches in kernels/_common/head.py, and `NUMERICS` the functions below them. The check compares launches in the strict interpreter
-with the reference, on rows made so that every line matters, and counts bytes: a kernel that reads
-too much is broken as well. Each mutant comes in under the name that the launchers import.
+adaptive_kl's searches in kernels/_common/head.py, and `NUMERICS` the functions below them. The
+check compares launches in the strict interpreter with the reference, on rows made so that every
+line matters, and counts bytes: a kernel that reads too much is broken as well. Each mutant comes in
+under the name that the launchers import.
 """
 
 from __future__ import annotations
