@@ -5,8 +5,9 @@
 //
 // evaluates to 0 or the CUDA error code. The parentheses keep template commas from the
 // preprocessor. PYD_DYNAMIC_SHARED(float, tile) declares `float* tile`, the launch's dynamic shared
-// memory; more than 48 KiB of it is asked for here. PYD_SHARED_LIMIT(kernel) is how many bytes of
-// it a launch may have on the current device.
+// memory; more than the 48 KiB that a block has unasked, static shared memory included, is asked
+// for here. PYD_SHARED_LIMIT(kernel) is how many bytes of it a launch may have on the current
+// device.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +37,7 @@ namespace pydistill {
 template <class... Params, class... Args>
 int launch_kernel(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
                   void* stream, Args... args) {
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 0) {  // what the kernel has of static shared memory is not known here
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(shared_bytes));
