@@ -506,6 +506,7 @@ def test_only_the_documented_files_are_left(written: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_million_tokens(tmp_path: Path) -> None:
     """What is promised at K = 64, V = 151,936: 200 bytes a token, KL 5e-4, and every row back."""
     vocab, k, rows = 151936, 64, 4000
