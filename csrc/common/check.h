@@ -38,26 +38,24 @@ const Pointed* vector_or_null(const char* name, const std::optional<torch::stabl
   return x.has_value() ? vector<T, Pointed>(name, *x, size) : nullptr;
 }
 
+inline DType dtype_of(const char* name, const torch::stable::Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBf16;
+    case ScalarType::Half:
+      return DType::kF16;
+    default:
+      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, name, " must be fp32, bf16 or fp16");
+      return DType::kF32;
+  }
+}
+
 // A [rows, width] matrix of fp32, bf16 or fp16 with unit last stride.
 inline Logits logits(const char* name, const torch::stable::Tensor& x) {
-  using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), name,
                   " must be a matrix with unit last stride");
-  DType dtype = DType::kF32;
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      dtype = DType::kF32;
-      break;
-    case ScalarType::BFloat16:
-      dtype = DType::kBf16;
-      break;
-    case ScalarType::Half:
-      dtype = DType::kF16;
-      break;
-    default:
-      STD_TORCH_CHECK(false, name, " must be fp32, bf16 or fp16");
-  }
-  return {x.data_ptr(), dtype, x.size(0), x.size(1), x.stride(0)};
+  return {x.data_ptr(), dtype_of(name, x), x.size(0), x.size(1), x.stride(0)};
 }
 
 }  // namespace pd

@@ -101,6 +101,29 @@ PD_INLINE void StoreBf16(V a, uint16_t* p) {
 }
 PD_INLINE bool Aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 63) == 0; }
 PD_INLINE void Stream(V a, float* p) { _mm512_stream_ps(p, a.v); }
+// Pairs of 16-bit numbers, a pair a lane; and of bf16 pairs the first or the second of each.
+PD_INLINE V LoadPairs(const uint16_t* p) { return Load(reinterpret_cast<const float*>(p)); }
+PD_INLINE V FirstBf16(V pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs.v), 16))};
+}
+PD_INLINE V SecondBf16(V pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs.v),
+                                               _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
+}
+// Lane j of x[i] becomes lane i of x[j]. Zipping x[i] with x[i + 8] moves the highest bit of the
+// row's number to the bottom of the lane's; four times exchanges the two numbers.
+PD_INLINE void Transpose(V (&x)[kLanes]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int round = 0; round < 4; ++round) {
+    V y[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      y[2 * i].v = _mm512_permutex2var_ps(x[i].v, low, x[i + kLanes / 2].v);
+      y[2 * i + 1].v = _mm512_permutex2var_ps(x[i].v, high, x[i + kLanes / 2].v);
+    }
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
+}
 
 #elif PD_TARGET == PD_TARGET_AVX2
 
@@ -205,6 +228,31 @@ PD_INLINE void StoreBf16(V a, uint16_t* p) {
 }
 PD_INLINE bool Aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 31) == 0; }
 PD_INLINE void Stream(V a, float* p) { _mm256_stream_ps(p, a.v); }
+PD_INLINE V LoadPairs(const uint16_t* p) { return Load(reinterpret_cast<const float*>(p)); }
+PD_INLINE V FirstBf16(V pairs) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs.v), 16))};
+}
+PD_INLINE V SecondBf16(V pairs) {
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm256_and_ps(pairs.v, _mm256_castsi256_ps(high))};
+}
+PD_INLINE void Transpose(V (&x)[kLanes]) {
+  __m256 pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(x[i].v, x[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i].v = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x20);
+    x[i + 4].v = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
+  }
+}
 
 #else
 
@@ -297,6 +345,10 @@ PD_INLINE void StoreF16(V a, uint16_t* p) {
 }
 PD_INLINE bool Aligned(const void*) { return false; }
 PD_INLINE void Stream(V a, float* p) { *p = a.v; }
+PD_INLINE V LoadPairs(const uint16_t* p) { return {FromBits(uint32_t(p[1]) << 16 | p[0])}; }
+PD_INLINE V FirstBf16(V pairs) { return {FromBits(ToBits(pairs.v) << 16)}; }
+PD_INLINE V SecondBf16(V pairs) { return {FromBits(ToBits(pairs.v) & 0xffff0000u)}; }
+PD_INLINE void Transpose(V (&)[kLanes]) {}
 
 #endif
 

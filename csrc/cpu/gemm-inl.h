@@ -1,0 +1,374 @@
+// Matrix product with fp32 arithmetic: out = a b, operands and result fp32, bf16 or fp16 each.
+//
+// Panels of kTileRows rows of a and of kTileColumns columns of b are packed depth-major as fp32,
+// whatever their dtype and order in memory, so there is one inner loop: a tile of the result in
+// registers, two vectors of b and kTileRows numbers of a a step. The depth is cut into blocks so
+// that a panel of b stays in the first-level cache, the panels of a and b in work in the second.
+// Partial sums of a strip of tiles are kept packed too; the last block of the depth writes them
+// out. An element's sum is taken in one order, whatever its tile, its strip, or the number of
+// threads.
+//
+// A kernel with narrower products (vdpbf16ps, AMX tiles) replaces PackPanels and Accumulate: panels
+// of bf16 with the depth in pairs, and a tile of its own. The loops stay as they are.
+#if defined(PD_GEMM_INL_H) == defined(PD_TOGGLE)
+#ifdef PD_GEMM_INL_H
+#undef PD_GEMM_INL_H
+#else
+#define PD_GEMM_INL_H
+#endif
+
+#include "cpu/gemm.h"
+#include "cpu/vec-inl.h"
+
+namespace pd::PD_NAMESPACE {
+namespace {
+
+// The accumulators, a row of b and one broadcast fill the registers: 16 on AVX2, 32 on AVX-512.
+#if PD_TARGET >= PD_TARGET_AVX512
+constexpr int kTileRows = 12, kTileVectors = 2;
+#elif PD_TARGET == PD_TARGET_AVX2
+constexpr int kTileRows = 6, kTileVectors = 2;
+#else
+constexpr int kTileRows = 4, kTileVectors = 4;
+#endif
+constexpr int kTileColumns = kTileVectors * kLanes;
+constexpr int64_t kDepthBlock = 256;          // a panel of b and two of a fit the first-level cache
+constexpr int64_t kStripA = 192 / kTileRows;  // panels of a in the second-level cache
+constexpr int64_t kStripB = 96 / kTileColumns;  // panels of b beside them
+constexpr int64_t kPackedBytes = 16 << 20;      // of the shared operand: the third-level cache
+constexpr int64_t kSumsBytes = 2 << 20;         // of a strip of tiles
+constexpr int64_t kElementsWorthAThread = 1 << 15, kProductsWorthAThread = 1 << 19;
+
+PD_INLINE int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
+PD_INLINE int64_t Ceil(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
+
+// How elements of a dtype become fp32.
+struct F32 {
+  using T = float;
+  static PD_INLINE V Widen(const T* p) { return Load(p); }
+};
+struct Bf16 {
+  using T = uint16_t;
+  static PD_INLINE V Widen(const T* p) { return LoadBf16(p); }
+};
+struct F16 {
+  using T = uint16_t;
+  static PD_INLINE V Widen(const T* p) { return LoadF16(p); }
+};
+template <class Type>
+PD_INLINE float WidenOne(typename Type::T x) {
+  typename Type::T alone[kLanes] = {x};
+  float wide[kLanes];
+  Store(Type::Widen(alone), wide);
+  return wide[0];
+}
+
+// Packs kLanes lines (only `lines` of them exist; the others are anything) at p: number k of line i
+// goes to to[k * stride + i].
+template <class Type>
+inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, int64_t depth,
+                      float* to, int64_t stride) {
+  if (x.depth_stride != 1) {
+    if (lines >= kLanes) {
+      for (int64_t k = 0; k < depth; ++k)
+        Store(Type::Widen(p + k * x.depth_stride), to + k * stride);
+      return;
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+      typename Type::T some[kLanes] = {};
+      for (int64_t i = 0; i < lines; ++i) some[i] = p[k * x.depth_stride + i];
+      Store(Type::Widen(some), to + k * stride);
+    }
+    return;
+  }
+  const typename Type::T* line[kLanes];
+  for (int i = 0; i < kLanes; ++i) line[i] = p + Least(i, lines - 1) * x.line_stride;
+  V v[kLanes];
+  int64_t k = 0;
+  if constexpr (std::is_same_v<Type, Bf16>) {  // pairs are transposed before they are widened
+    for (; k + 2 * kLanes <= depth; k += 2 * kLanes) {
+      for (int i = 0; i < kLanes; ++i) v[i] = LoadPairs(line[i] + k);
+      Transpose(v);
+      for (int i = 0; i < kLanes; ++i) {
+        Store(FirstBf16(v[i]), to + (k + 2 * i) * stride);
+        Store(SecondBf16(v[i]), to + (k + 2 * i + 1) * stride);
+      }
+    }
+  }
+  for (; k + kLanes <= depth; k += kLanes) {
+    for (int i = 0; i < kLanes; ++i) v[i] = Type::Widen(line[i] + k);
+    Transpose(v);
+    for (int i = 0; i < kLanes; ++i) Store(v[i], to + (k + i) * stride);
+  }
+  for (; k < depth; ++k) {
+    for (int i = 0; i < kLanes; ++i) to[k * stride + i] = WidenOne<Type>(line[i][k]);
+  }
+}
+
+// Packs `panels` panels of kWidth lines, from number `panel` on, over depth [k0, k0 + depth):
+// number k of line i of a panel goes to [k * kWidth + i] of its kWidth * depth floats.
+template <int kWidth, class Type>
+inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t depth,
+                         float* to) {
+  const auto* first = static_cast<const typename Type::T*>(x.data) + k0 * x.depth_stride;
+  const int64_t begin = panel * kWidth, end = Least(begin + panels * kWidth, x.lines);
+  if constexpr (kWidth % kLanes == 0) {
+    for (int64_t i = begin; i < end; i += kLanes) {
+      PackLanes<Type>(first + i * x.line_stride, x, end - i, depth,
+                      to + (i - begin) / kWidth * kWidth * depth + (i - begin) % kWidth, kWidth);
+    }
+  } else {  // through a block whose width is a multiple of both
+    constexpr int64_t kWide = 4 * kWidth * kLanes / 4, kSteps = 32;
+    static_assert(kWide % kLanes == 0 && kWide % kWidth == 0);
+    float block[kSteps * kWide];
+    for (int64_t i = begin; i < end; i += kWide) {
+      const int64_t lines = Least(kWide, end - i);
+      for (int64_t k = 0; k < depth; k += kSteps) {
+        const int64_t steps = Least(kSteps, depth - k);
+        for (int64_t j = 0; j < lines; j += kLanes) {
+          PackLanes<Type>(first + (i + j) * x.line_stride + k * x.depth_stride, x, lines - j, steps,
+                          block + j, kWide);
+        }
+        for (int64_t j = 0; j < lines; j += kWidth) {
+          float* panel_at = to + (i - begin + j) * depth + k * kWidth;
+          for (int64_t s = 0; s < steps; ++s) {
+            std::memcpy(panel_at + s * kWidth, block + s * kWide + j, kWidth * sizeof(float));
+          }
+        }
+      }
+    }
+  }
+}
+
+template <int kWidth>
+inline void PackPanels(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t depth,
+                       float* to) {
+  if (depth == 0) return;
+  switch (x.dtype) {
+    case DType::kF32:
+      return PackPanelsOf<kWidth, F32>(x, panel, panels, k0, depth, to);
+    case DType::kBf16:
+      return PackPanelsOf<kWidth, Bf16>(x, panel, panels, k0, depth, to);
+    case DType::kF16:
+      return PackPanelsOf<kWidth, F16>(x, panel, panels, k0, depth, to);
+  }
+}
+
+// Where a finished tile goes; `rows` and `columns` of it exist.
+struct Corner {
+  char* data;
+  DType dtype;
+  int64_t stride, rows, columns;
+  bool accumulate;
+};
+
+// Writes the tile whose fp32 numbers are at `tile`, when it is ragged or its dtype narrow.
+inline void WriteTile(const float* tile, const Corner& to) {
+  for (int64_t i = 0; i < to.rows; ++i, tile += kTileColumns) {
+    if (to.dtype == DType::kF32) {
+      float* p = reinterpret_cast<float*>(to.data) + i * to.stride;
+      for (int64_t j = 0; j < to.columns; ++j) p[j] = to.accumulate ? p[j] + tile[j] : tile[j];
+      continue;
+    }
+    uint16_t* p = reinterpret_cast<uint16_t*>(to.data) + i * to.stride;
+    uint16_t row[kTileColumns];
+    for (int j = 0; j < kTileColumns; j += kLanes) {
+      if (to.dtype == DType::kBf16) {
+        StoreBf16(Load(tile + j), row + j);
+      } else {
+        StoreF16(Load(tile + j), row + j);
+      }
+    }
+    std::memcpy(p, row, static_cast<size_t>(to.columns) * sizeof(uint16_t));
+  }
+}
+
+// A tile of kRows rows over one block of the depth. `sums` holds the blocks before it (`add`) and
+// takes the result, unless `to` is where the tile is finished.
+template <int kRows>
+__attribute__((noinline)) void Accumulate(const float* a, const float* b, int64_t depth,
+                                          float* sums, bool add, const Corner* to) {
+  V sum[kRows][kTileVectors];
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Set(0.0f);
+    if (add) __builtin_prefetch(sums + i * kTileColumns);
+  }
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k) {
+    if (k % 2 == 0) __builtin_prefetch(a + (k + depth) * kTileRows);  // of the next panel
+    V row[kTileVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVectors; ++j) row[j] = Load(b + k * kTileColumns + j * kLanes);
+#pragma GCC unroll 12
+    for (int i = 0; i < kRows; ++i) {
+      const V left = Set(a[k * kTileRows + i]);
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Fma(left, row[j], sum[i][j]);
+    }
+  }
+  float tile[kRows * kTileColumns];
+  const bool whole = to && to->dtype == DType::kF32 && to->columns == kTileColumns;
+  float* target = !to ? sums : whole ? reinterpret_cast<float*>(to->data) : tile;
+  const int64_t stride = whole ? to->stride : kTileColumns;
+  const bool over = whole && to->accumulate;
+#pragma GCC unroll 12
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kTileVectors; ++j) {
+      V x = sum[i][j];
+      if (add) x = x + Load(sums + i * kTileColumns + j * kLanes);
+      if (over) x = x + Load(target + i * stride + j * kLanes);
+      Store(x, target + i * stride + j * kLanes);
+    }
+  }
+  if (target == tile) WriteTile(tile, *to);
+}
+
+using AccumulateTile = void (*)(const float*, const float*, int64_t, float*, bool, const Corner*);
+template <class>
+struct AccumulateRows;
+template <int... kLess>
+struct AccumulateRows<std::integer_sequence<int, kLess...>> {
+  static constexpr AccumulateTile kTable[] = {&Accumulate<kLess + 1>...};
+};
+constexpr const AccumulateTile* kAccumulate =
+    AccumulateRows<std::make_integer_sequence<int, kTileRows>>::kTable;
+
+// Panels [begin, end) of an operand, packed over a block of the depth, `data` at panel `begin`.
+struct Packed {
+  const float* data;
+  int64_t begin, end;
+};
+
+// All tiles of some panels of a with some of b over one block of the depth. `sums` holds the tile
+// of panels (i, j) at tile i * sums_stride + j * sums_step.
+inline void AccumulateTiles(const GemmArgs& g, const Packed& a, const Packed& b, int64_t depth,
+                            float* sums, int64_t a_stride, int64_t b_stride, bool add, bool last) {
+  for (int64_t j = b.begin; j < b.end; ++j) {
+    const float* right = b.data + (j - b.begin) * depth * kTileColumns;
+    for (int64_t i = a.begin; i < a.end; ++i) {
+      const int64_t row = i * kTileRows, column = j * kTileColumns;
+      const int64_t rows = Least(kTileRows, g.a.lines - row);
+      const int64_t size = g.out_dtype == DType::kF32 ? 4 : 2;
+      const Corner to{static_cast<char*>(g.out) + (row * g.out_stride + column) * size,
+                      g.out_dtype,
+                      g.out_stride,
+                      rows,
+                      Least(kTileColumns, g.b.lines - column),
+                      g.accumulate};
+      const int64_t tile = (i - a.begin) * a_stride + (j - b.begin) * b_stride;
+      const int64_t share = Ceil(depth * kTileColumns, a.end - a.begin);  // of the next panel of b
+      const float* next = right + depth * kTileColumns + (i - a.begin) * share;
+      for (int64_t e = 0; e < share; e += 16) __builtin_prefetch(next + e, 0, 2);
+      kAccumulate[rows - 1](a.data + (i - a.begin) * depth * kTileRows, right, depth,
+                            sums + tile * kTileRows * kTileColumns, add, last ? &to : nullptr);
+    }
+  }
+}
+
+inline GemmPlan PlanGemm(const GemmArgs& g) {
+  const int64_t m = g.a.lines, n = g.b.lines, depth = g.a.depth;
+  GemmPlan p{};
+  p.split_b = n >= m;
+  const int64_t a_panels = Ceil(m, kTileRows), b_panels = Ceil(n, kTileColumns);
+  p.split_panels = p.split_b ? b_panels : a_panels;
+  p.shared_panels = p.split_b ? a_panels : b_panels;
+  const int64_t width = p.split_b ? kTileRows : kTileColumns;
+  const int64_t split_width = p.split_b ? kTileColumns : kTileRows;
+  const int64_t blocks = depth > kDepthBlock ? Ceil(depth, kDepthBlock) : 1;
+  p.depth_block = Ceil(Ceil(depth, blocks), 16) * 16;
+  const int64_t strip = p.split_b ? kStripB : kStripA;
+  const int64_t by_packed = kPackedBytes / (width * depth * 4 + 1);
+  const int64_t by_sums = kSumsBytes / (strip * kTileRows * kTileColumns * 4);
+  const int64_t least = p.split_b ? kStripA : kStripB;
+  p.shared_block = Least(by_packed, by_sums);
+  if (p.shared_block < least) p.shared_block = least;
+  p.shared_block = Least(p.shared_block, p.shared_panels);
+  p.packed_bytes = p.shared_block * width * depth * 4;
+  p.scratch_bytes =
+      4 * strip *
+      (split_width * p.depth_block + (blocks > 1 ? p.shared_block * kTileRows * kTileColumns : 0));
+  const int64_t shared_lines = p.split_b ? m : n;
+  p.pack_grain = Ceil(kElementsWorthAThread, width * depth + 1);
+  p.split_grain = Ceil(kProductsWorthAThread, split_width * shared_lines * depth + 1);
+  return p;
+}
+
+// Packs shared panels [first + begin, first + end) into the memory of the block that begins at
+// `first` and has `count` of them: depth blocks one after the other, each with all panels.
+inline void PackShared(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
+                       int64_t begin, int64_t end, float* packed) {
+  const int64_t depth = g.a.depth;
+  for (int64_t k = 0; k < depth; k += p.depth_block) {
+    const int64_t steps = Least(p.depth_block, depth - k);
+    if (p.split_b) {
+      float* to = packed + kTileRows * (k * count + begin * steps);
+      PackPanels<kTileRows>(g.a, first + begin, end - begin, k, steps, to);
+    } else {
+      float* to = packed + kTileColumns * (k * count + begin * steps);
+      PackPanels<kTileColumns>(g.b, first + begin, end - begin, k, steps, to);
+    }
+  }
+}
+
+// The columns [begin, end) of panels of b with a block of shared panels of a.
+inline void MultiplySplitB(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
+                           int64_t begin, int64_t end, const float* packed, float* scratch) {
+  const int64_t depth = g.a.depth;
+  float* sums = scratch + kStripB * kTileColumns * p.depth_block;
+  for (int64_t j = begin; j < end; j += kStripB) {
+    const int64_t stop = Least(j + kStripB, end);
+    int64_t k = 0;
+    do {
+      const int64_t steps = Least(p.depth_block, depth - k);
+      const bool add = k > 0, last = k + steps == depth;
+      for (int64_t i = 0; i < count; i += kStripA) {
+        const Packed a{packed + kTileRows * (k * count + i * steps), first + i,
+                       first + Least(i + kStripA, count)};
+        float* tiles = sums + i * kStripB * kTileRows * kTileColumns;
+        for (int64_t jj = j; jj < stop; ++jj) {  // a panel is packed where it is used first
+          float* panel = scratch + (jj - j) * kTileColumns * steps;
+          if (i == 0) PackPanels<kTileColumns>(g.b, jj, 1, k, steps, panel);
+          AccumulateTiles(g, a, {panel, jj, jj + 1}, steps,
+                          tiles + (jj - j) * kTileRows * kTileColumns, kStripB, 0, add, last);
+        }
+      }
+      k += steps;
+    } while (k < depth);
+  }
+}
+
+// The rows of panels [begin, end) of a with a block of shared panels of b.
+inline void MultiplySplitA(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
+                           int64_t begin, int64_t end, const float* packed, float* scratch) {
+  const int64_t depth = g.a.depth;
+  float* sums = scratch + kStripA * kTileRows * p.depth_block;
+  for (int64_t i = begin; i < end; i += kStripA) {
+    const int64_t stop = Least(i + kStripA, end);
+    int64_t k = 0;
+    do {
+      const int64_t steps = Least(p.depth_block, depth - k);
+      PackPanels<kTileRows>(g.a, i, stop - i, k, steps, scratch);
+      AccumulateTiles(g, {scratch, i, stop},
+                      {packed + kTileColumns * k * count, first, first + count}, steps, sums, 1,
+                      kStripA, k > 0, k + steps == depth);
+      k += steps;
+    } while (k < depth);
+  }
+}
+
+// Split panels [begin, end) with the `count` shared panels from `first` on, which are in `packed`.
+inline void MultiplyStrips(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
+                           int64_t begin, int64_t end, const float* packed, float* scratch) {
+  if (p.split_b) {
+    MultiplySplitB(g, p, first, count, begin, end, packed, scratch);
+  } else {
+    MultiplySplitA(g, p, first, count, begin, end, packed, scratch);
+  }
+}
+
+}  // namespace
+}  // namespace pd::PD_NAMESPACE
+#endif

@@ -1,0 +1,42 @@
+// What a matrix product is to the kernels of gemm-inl.h: pointers, sizes, and how its work is cut.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "cpu/rows.h"
+
+namespace pd {
+
+// An operand as `lines` vectors of `depth` numbers: the rows of the left one, the columns of the
+// right one. One of the strides (in elements) is 1.
+struct Lines {
+  const void* data;
+  DType dtype;
+  int64_t lines, depth, line_stride, depth_stride;
+};
+
+// out[i, j] = sum over k of a[i, k] b[k, j], plus what out held if `accumulate` (fp32 only).
+// Columns of out have unit stride. The three do not overlap.
+struct GemmArgs {
+  Lines a, b;
+  void* out;
+  DType out_dtype;
+  int64_t out_stride;
+  bool accumulate;
+};
+
+// Threads share out the panels of the longer operand, the `split` one; the other's, the `shared`
+// one's, are packed once for all of them, at most `shared_block` at a time.
+struct GemmPlan {
+  bool split_b;  // else a is split
+  bool dots;     // the shared operand has few lines: dot products on the split one where it lies
+  int64_t split_panels, shared_panels, shared_block;
+  int64_t depth_block;
+  int64_t pack_grain, split_grain;  // panels that are worth a thread
+  int64_t packed_bytes;             // for all threads
+  int64_t scratch_bytes;            // for each
+};
+
+}  // namespace pd

@@ -1,0 +1,124 @@
+// Every instruction set's matrix product on small, odd shapes: exact on whole numbers, the same in
+// any cut of its panels, and, under the sanitizers, inside its memory.
+#include "cpu/matmul.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <random>
+
+#include "cpu/cpuid.h"
+#include "tests/exact.h"
+
+namespace pd {
+namespace {
+
+struct Shape {
+  int64_t m, k, n;
+};
+
+// Lines of whole numbers in [-8, 8], `gap` elements apart beyond what they need.
+class Operand {
+ public:
+  Operand(int64_t lines, int64_t depth, DType dtype, bool along_depth, int64_t gap)
+      : values(static_cast<size_t>(lines * depth)),
+        bytes_(Size(lines, depth, along_depth, gap) * size_of(dtype)) {
+    const int64_t inner = along_depth ? depth : lines, stride = inner + gap;
+    view = {bytes_.data(), dtype, lines, depth, along_depth ? stride : 1, along_depth ? 1 : stride};
+    std::mt19937 random(static_cast<unsigned>(lines * 31 + depth));
+    for (int64_t i = 0; i < lines; ++i) {
+      for (int64_t k = 0; k < depth; ++k) {
+        const float x = static_cast<float>(int(random() % 17) - 8);
+        values[static_cast<size_t>(i * depth + k)] = x;
+        const int64_t at = i * view.line_stride + k * view.depth_stride;
+        encode(x, dtype, bytes_.data() + static_cast<size_t>(at) * size_of(dtype));
+      }
+    }
+  }
+
+  Lines view;
+  Exact<float> values;
+
+ private:
+  // The last line has no gap behind it.
+  static size_t Size(int64_t lines, int64_t depth, bool along_depth, int64_t gap) {
+    const int64_t inner = along_depth ? depth : lines, outer = along_depth ? lines : depth;
+    return inner && outer ? static_cast<size_t>((outer - 1) * (inner + gap) + inner) : 0;
+  }
+  Bytes bytes_;
+};
+
+void Run(const GemmArgs& g, int capability, int64_t unit) {
+  const GemmPlan p = matmul_plan_table[capability](g);
+  Exact<float> packed(static_cast<size_t>(p.packed_bytes) / sizeof(float));
+  Exact<float> scratch(static_cast<size_t>(p.scratch_bytes) / sizeof(float));
+  for (int64_t first = 0; first < p.shared_panels; first += p.shared_block) {
+    const int64_t count = std::min(p.shared_block, p.shared_panels - first);
+    for (int64_t i = 0; i < count; i += unit) {
+      matmul_pack_table[capability](g, p, first, count, i, std::min(i + unit, count),
+                                    packed.data());
+    }
+    for (int64_t j = 0; j < p.split_panels; j += unit) {
+      matmul_multiply_table[capability](g, p, first, count, j, std::min(j + unit, p.split_panels),
+                                        packed.data(), scratch.data());
+    }
+  }
+}
+
+void Check(const Shape& s, DType a_type, DType b_type, DType out_type, bool a_deep, bool b_deep,
+           int64_t gap, bool accumulate) {
+  const Operand a(s.m, s.k, a_type, a_deep, gap), b(s.n, s.k, b_type, b_deep, gap);
+  const int64_t stride = s.n + gap;
+  const auto size = static_cast<size_t>((s.m - 1) * stride + s.n);
+  for (int capability = 0; capability <= static_cast<int>(detected_capability()); ++capability) {
+    for (const int64_t unit : {int64_t{1}, int64_t{1} << 20}) {
+      Bytes out(size * size_of(out_type));
+      for (size_t i = 0; i < size; ++i) {
+        encode(3.0f, out_type, out.data() + i * size_of(out_type));
+      }
+      Run({a.view, b.view, out.data(), out_type, stride, accumulate}, capability, unit);
+      for (size_t at = 0; at < size; ++at) {
+        const auto i = static_cast<int64_t>(at) / stride, j = static_cast<int64_t>(at) % stride;
+        float want = accumulate || j >= s.n ? 3.0f : 0.0f;
+        for (int64_t k = 0; j < s.n && k < s.k; ++k) {
+          want += a.values[static_cast<size_t>(i * s.k + k)] *
+                  b.values[static_cast<size_t>(j * s.k + k)];
+        }
+        if (out_type != DType::kF32) {  // 3 stays 3 beside the result
+          const float got = decode(out.data() + at * 2, out_type);
+          const float allowed = std::fabs(want) / (out_type == DType::kBf16 ? 256.0f : 2048.0f);
+          EXPECT(std::fabs(got - want) <= allowed, "%s: %g, not %g",
+                 capability_name(static_cast<Capability>(capability)), got, want);
+          continue;
+        }
+        const float got = decode(out.data() + at * 4, out_type);
+        EXPECT(got == want, "%s: %g, not %g at (%d, %d) of %dx%dx%d",
+               capability_name(static_cast<Capability>(capability)), got, want, int(i), int(j),
+               int(s.m), int(s.k), int(s.n));
+      }
+    }
+  }
+}
+
+int Main() {
+  const Shape shapes[] = {{1, 1, 1},    {1, 0, 3},    {5, 17, 3},     {3, 40, 37},   {37, 40, 3},
+                          {13, 33, 35}, {2, 530, 98}, {197, 259, 21}, {21, 259, 197}};
+  const DType dtypes[] = {DType::kF32, DType::kBf16, DType::kF16};
+  for (const Shape& s : shapes) {
+    for (const DType a : dtypes) {
+      for (const DType b : dtypes) {
+        for (int layout = 0; layout < 4; ++layout) {
+          Check(s, a, b, DType::kF32, layout & 1, layout & 2, layout == 1 ? 3 : 0, layout & 2);
+          Check(s, a, b, layout & 1 ? DType::kBf16 : DType::kF16, layout & 1, layout & 2, 5, false);
+        }
+      }
+    }
+  }
+  if (failures) std::fprintf(stderr, "%d failures\n", failures);
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace pd
+
+int main() { return pd::Main(); }
