@@ -17,8 +17,8 @@
 #define PD_GEMM_INL_H
 #endif
 
-#include "cpu/gemm.h"
-#include "cpu/vec-inl.h"
+#include "cpu/gemm_dots-inl.h"
+#include "cpu/gemm_pack-inl.h"
 
 namespace pd::PD_NAMESPACE {
 namespace {
@@ -37,151 +37,6 @@ constexpr int64_t kStripA = 192 / kTileRows;  // panels of a in the second-level
 constexpr int64_t kStripB = 96 / kTileColumns;  // panels of b beside them
 constexpr int64_t kPackedBytes = 16 << 20;      // of the shared operand: the third-level cache
 constexpr int64_t kSumsBytes = 2 << 20;         // of a strip of tiles
-constexpr int64_t kElementsWorthAThread = 1 << 15, kProductsWorthAThread = 1 << 19;
-
-PD_INLINE int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
-PD_INLINE int64_t Ceil(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
-
-// How elements of a dtype become fp32.
-struct F32 {
-  using T = float;
-  static PD_INLINE V Widen(const T* p) { return Load(p); }
-};
-struct Bf16 {
-  using T = uint16_t;
-  static PD_INLINE V Widen(const T* p) { return LoadBf16(p); }
-};
-struct F16 {
-  using T = uint16_t;
-  static PD_INLINE V Widen(const T* p) { return LoadF16(p); }
-};
-template <class Type>
-PD_INLINE float WidenOne(typename Type::T x) {
-  typename Type::T alone[kLanes] = {x};
-  float wide[kLanes];
-  Store(Type::Widen(alone), wide);
-  return wide[0];
-}
-
-// Packs kLanes lines (only `lines` of them exist; the others are anything) at p: number k of line i
-// goes to to[k * stride + i].
-template <class Type>
-inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, int64_t depth,
-                      float* to, int64_t stride) {
-  if (x.depth_stride != 1) {
-    if (lines >= kLanes) {
-      for (int64_t k = 0; k < depth; ++k)
-        Store(Type::Widen(p + k * x.depth_stride), to + k * stride);
-      return;
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      typename Type::T some[kLanes] = {};
-      for (int64_t i = 0; i < lines; ++i) some[i] = p[k * x.depth_stride + i];
-      Store(Type::Widen(some), to + k * stride);
-    }
-    return;
-  }
-  const typename Type::T* line[kLanes];
-  for (int i = 0; i < kLanes; ++i) line[i] = p + Least(i, lines - 1) * x.line_stride;
-  V v[kLanes];
-  int64_t k = 0;
-  if constexpr (std::is_same_v<Type, Bf16>) {  // pairs are transposed before they are widened
-    for (; k + 2 * kLanes <= depth; k += 2 * kLanes) {
-      for (int i = 0; i < kLanes; ++i) v[i] = LoadPairs(line[i] + k);
-      Transpose(v);
-      for (int i = 0; i < kLanes; ++i) {
-        Store(FirstBf16(v[i]), to + (k + 2 * i) * stride);
-        Store(SecondBf16(v[i]), to + (k + 2 * i + 1) * stride);
-      }
-    }
-  }
-  for (; k + kLanes <= depth; k += kLanes) {
-    for (int i = 0; i < kLanes; ++i) v[i] = Type::Widen(line[i] + k);
-    Transpose(v);
-    for (int i = 0; i < kLanes; ++i) Store(v[i], to + (k + i) * stride);
-  }
-  for (; k < depth; ++k) {
-    for (int i = 0; i < kLanes; ++i) to[k * stride + i] = WidenOne<Type>(line[i][k]);
-  }
-}
-
-// Packs `panels` panels of kWidth lines, from number `panel` on, over depth [k0, k0 + depth):
-// number k of line i of a panel goes to [k * kWidth + i] of its kWidth * depth floats.
-template <int kWidth, class Type>
-inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t depth,
-                         float* to) {
-  const auto* first = static_cast<const typename Type::T*>(x.data) + k0 * x.depth_stride;
-  const int64_t begin = panel * kWidth, end = Least(begin + panels * kWidth, x.lines);
-  if constexpr (kWidth % kLanes == 0) {
-    for (int64_t i = begin; i < end; i += kLanes) {
-      PackLanes<Type>(first + i * x.line_stride, x, end - i, depth,
-                      to + (i - begin) / kWidth * kWidth * depth + (i - begin) % kWidth, kWidth);
-    }
-  } else {  // through a block whose width is a multiple of both
-    constexpr int64_t kWide = 4 * kWidth * kLanes / 4, kSteps = 32;
-    static_assert(kWide % kLanes == 0 && kWide % kWidth == 0);
-    float block[kSteps * kWide];
-    for (int64_t i = begin; i < end; i += kWide) {
-      const int64_t lines = Least(kWide, end - i);
-      for (int64_t k = 0; k < depth; k += kSteps) {
-        const int64_t steps = Least(kSteps, depth - k);
-        for (int64_t j = 0; j < lines; j += kLanes) {
-          PackLanes<Type>(first + (i + j) * x.line_stride + k * x.depth_stride, x, lines - j, steps,
-                          block + j, kWide);
-        }
-        for (int64_t j = 0; j < lines; j += kWidth) {
-          float* panel_at = to + (i - begin + j) * depth + k * kWidth;
-          for (int64_t s = 0; s < steps; ++s) {
-            std::memcpy(panel_at + s * kWidth, block + s * kWide + j, kWidth * sizeof(float));
-          }
-        }
-      }
-    }
-  }
-}
-
-template <int kWidth>
-inline void PackPanels(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t depth,
-                       float* to) {
-  if (depth == 0) return;
-  switch (x.dtype) {
-    case DType::kF32:
-      return PackPanelsOf<kWidth, F32>(x, panel, panels, k0, depth, to);
-    case DType::kBf16:
-      return PackPanelsOf<kWidth, Bf16>(x, panel, panels, k0, depth, to);
-    case DType::kF16:
-      return PackPanelsOf<kWidth, F16>(x, panel, panels, k0, depth, to);
-  }
-}
-
-// Where a finished tile goes; `rows` and `columns` of it exist.
-struct Corner {
-  char* data;
-  DType dtype;
-  int64_t stride, rows, columns;
-  bool accumulate;
-};
-
-// Writes the tile whose fp32 numbers are at `tile`, when it is ragged or its dtype narrow.
-inline void WriteTile(const float* tile, const Corner& to) {
-  for (int64_t i = 0; i < to.rows; ++i, tile += kTileColumns) {
-    if (to.dtype == DType::kF32) {
-      float* p = reinterpret_cast<float*>(to.data) + i * to.stride;
-      for (int64_t j = 0; j < to.columns; ++j) p[j] = to.accumulate ? p[j] + tile[j] : tile[j];
-      continue;
-    }
-    uint16_t* p = reinterpret_cast<uint16_t*>(to.data) + i * to.stride;
-    uint16_t row[kTileColumns];
-    for (int j = 0; j < kTileColumns; j += kLanes) {
-      if (to.dtype == DType::kBf16) {
-        StoreBf16(Load(tile + j), row + j);
-      } else {
-        StoreF16(Load(tile + j), row + j);
-      }
-    }
-    std::memcpy(p, row, static_cast<size_t>(to.columns) * sizeof(uint16_t));
-  }
-}
 
 // A tile of kRows rows over one block of the depth. `sums` holds the blocks before it (`add`) and
 // takes the result, unless `to` is where the tile is finished.
@@ -223,7 +78,7 @@ __attribute__((noinline)) void Accumulate(const float* a, const float* b, int64_
       Store(x, target + i * stride + j * kLanes);
     }
   }
-  if (target == tile) WriteTile(tile, *to);
+  if (target == tile) WriteTile(tile, kTileColumns, *to);
 }
 
 using AccumulateTile = void (*)(const float*, const float*, int64_t, float*, bool, const Corner*);
@@ -251,13 +106,7 @@ inline void AccumulateTiles(const GemmArgs& g, const Packed& a, const Packed& b,
     for (int64_t i = a.begin; i < a.end; ++i) {
       const int64_t row = i * kTileRows, column = j * kTileColumns;
       const int64_t rows = Least(kTileRows, g.a.lines - row);
-      const int64_t size = g.out_dtype == DType::kF32 ? 4 : 2;
-      const Corner to{static_cast<char*>(g.out) + (row * g.out_stride + column) * size,
-                      g.out_dtype,
-                      g.out_stride,
-                      rows,
-                      Least(kTileColumns, g.b.lines - column),
-                      g.accumulate};
+      const Corner to = CornerAt(g, row, column, rows, Least(kTileColumns, g.b.lines - column));
       const int64_t tile = (i - a.begin) * a_stride + (j - b.begin) * b_stride;
       const int64_t share = Ceil(depth * kTileColumns, a.end - a.begin);  // of the next panel of b
       const float* next = right + depth * kTileColumns + (i - a.begin) * share;
@@ -272,6 +121,7 @@ inline GemmPlan PlanGemm(const GemmArgs& g) {
   const int64_t m = g.a.lines, n = g.b.lines, depth = g.a.depth;
   GemmPlan p{};
   p.split_b = n >= m;
+  if (DotsServe(g, p.split_b)) return PlanDots(g, p.split_b);
   const int64_t a_panels = Ceil(m, kTileRows), b_panels = Ceil(n, kTileColumns);
   p.split_panels = p.split_b ? b_panels : a_panels;
   p.shared_panels = p.split_b ? a_panels : b_panels;
@@ -300,6 +150,7 @@ inline GemmPlan PlanGemm(const GemmArgs& g) {
 // `first` and has `count` of them: depth blocks one after the other, each with all panels.
 inline void PackShared(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                        int64_t begin, int64_t end, float* packed) {
+  if (p.dots) return PackDots(g, p, begin, end, packed);
   const int64_t depth = g.a.depth;
   for (int64_t k = 0; k < depth; k += p.depth_block) {
     const int64_t steps = Least(p.depth_block, depth - k);
@@ -362,7 +213,9 @@ inline void MultiplySplitA(const GemmArgs& g, const GemmPlan& p, int64_t first, 
 // Split panels [begin, end) with the `count` shared panels from `first` on, which are in `packed`.
 inline void MultiplyStrips(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                            int64_t begin, int64_t end, const float* packed, float* scratch) {
-  if (p.split_b) {
+  if (p.dots) {
+    MultiplyDots(g, p, begin, end, packed, scratch);
+  } else if (p.split_b) {
     MultiplySplitB(g, p, first, count, begin, end, packed, scratch);
   } else {
     MultiplySplitA(g, p, first, count, begin, end, packed, scratch);

@@ -146,15 +146,6 @@ def test_version_counter(impl: str) -> None:
         loss.backward()
 
 
-def test_compiles(impl: str) -> None:
-    a, b = whole(9, 20, torch.bfloat16), whole(20, 30, torch.bfloat16)
-
-    def f(a: Tensor, b: Tensor) -> Tensor:
-        return matmul(a, b, impl=impl) + 1
-
-    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(a, b), f(a, b))
-
-
 def test_opcheck() -> None:
     arguments = (torch.randn(3, 4), torch.randn(4, 5), True, torch.randn(3, 5))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
