@@ -18,7 +18,7 @@ struct Lines {
 };
 
 // out[i, j] = sum over k of a[i, k] b[k, j], plus what out held if `accumulate` (fp32 only).
-// Columns of out have unit stride. The three do not overlap.
+// Columns of out have unit stride. out is not empty and overlaps neither operand.
 struct GemmArgs {
   Lines a, b;
   void* out;

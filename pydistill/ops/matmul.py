@@ -62,7 +62,7 @@ def matmul(
     out = _output(a, b, out, accumulate, out_dtype, exact)
     for name, x in (("a", a), ("b", b), ("out", out)):
         _check(name, x, a.device)
-        if x is not out and not torch.compiler.is_compiling() and shares_memory(x, out):
+        if name != "out" and not torch.compiler.is_compiling() and shares_memory(x, out):
             raise ValueError(f"out shares memory with {name}; give it memory of its own.")
     backend = "torch"
     if impl != "auto" or a.device.type == "cpu":
