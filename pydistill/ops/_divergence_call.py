@@ -15,6 +15,7 @@ from torch import Tensor
 from pydistill import _registry
 from pydistill.ops import _rows
 from pydistill.ops._conventions import find_convention
+from pydistill.ops._vocab_parallel import Shard
 from pydistill.reference.divergence import KINDS, Inputs, Options
 
 OP = _registry.operator("divergence", {torch.float32, torch.bfloat16, torch.float16})
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     reduction: str
     denominator: float | Tensor | None
     soft_cross_entropy: bool
+    shard: Shard | None
 
     def reduce(self, loss: Tensor) -> Tensor:
         return _rows.reduce_rows(
@@ -59,6 +61,7 @@ def prepare(
     vocab: str,
     convention: str | None,
     impl: str,
+    shard: Shard | None = None,
 ) -> Call:
     """Checks every argument and brings the call into the form that kernels take."""
     _rows.check_logits("student_logits", student_logits)
@@ -76,6 +79,7 @@ def prepare(
             f"teacher_logits has dtype {teacher_logits.dtype}; cast it, or pass impl='reference'."
         )
     vocab_size = common_vocab("logits", student_logits.shape[-1], teacher_logits.shape[-1], vocab)
+    vocab_size = vocab_size if shard is None else shard.total
     shape, rows_s, rows_t = _pairs(student_logits, teacher_logits, student_rows, teacher_rows)
     rows = row_arguments(
         kind, beta, alpha, temperature, scale_t2, weight, mask, labels, label_weight, ignore_index,
@@ -92,7 +96,7 @@ def prepare(
     )
     return Call(
         inputs, rows.options, backend, shape, rows.weight, reduction, denominator,
-        rows.soft_cross_entropy,
+        rows.soft_cross_entropy, shard,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from pydistill import _registry
 from pydistill.ops import _rows
 from pydistill.ops._topk_teacher import TopkTeacher
+from pydistill.ops._vocab_parallel import Shard
 from pydistill.reference.divergence import KINDS
 from pydistill.reference.topk_divergence import (
     TAILS,
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     weight: Tensor | None
     reduction: str
     denominator: float | Tensor | None
+    shard: Shard | None
 
     def reduce(self, loss: Tensor) -> Tensor:
         return _rows.reduce_rows(
@@ -61,19 +63,21 @@ def prepare(
     reduction: str,
     denominator: float | Tensor | None,
     impl: str,
+    shard: Shard | None = None,
 ) -> Call:
     """Checks every argument and brings the call into the form that kernels take."""
     _rows.check_logits("student_logits", student_logits)
     _rows.check_reduction(reduction, denominator)
     backend = _registry.resolve(OP.name, impl, student_logits.device.type, student_logits.dtype)
     shape, vocab = tuple(student_logits.shape[:-1]), student_logits.shape[-1]
+    vocab = vocab if shard is None else shard.total
     rows = row_arguments(
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
         scale_t2, weight, mask, vocab, shape, student_logits,
     )  # fmt: skip
     student = _rows.flatten(student_logits)
     inputs = Inputs(student, rows.ids, rows.log_p, rows.log_tail, rows.counted, rows.params)
-    return Call(inputs, rows.options, backend, shape, rows.weight, reduction, denominator)
+    return Call(inputs, rows.options, backend, shape, rows.weight, reduction, denominator, shard)
 
 
 class RowArguments(NamedTuple):

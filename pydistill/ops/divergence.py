@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from pydistill import _registry
 from pydistill.ops import _memory, _rows
+from pydistill.ops import _vocab_parallel as parallel
 from pydistill.ops._divergence_call import OP, Call, prepare
 from pydistill.reference.divergence import (
     ENTROPY_T,
@@ -78,6 +79,7 @@ def divergence(
     vocab: str = "equal",
     convention: str | None = None,
     overwrite_logits: bool = False,
+    group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
     """Divergence of the student's distribution from the teacher's, differentiable in the student's
@@ -113,6 +115,11 @@ def divergence(
             memory). Needs a scalar reduction; the logits are lost, and a second backward raises.
             Gradients reach what the logits were computed from; of logits that are a view, torch
             itself has none to give.
+        group: a `torch.distributed.ProcessGroup` whose ranks each hold some columns of the
+            vocabulary, in the order of ranks, of both logits; all else is the same on
+            every rank, token ids are global, and so are the results. The gradient is that of the
+            local columns. Every rank
+            must call, and run backward. docs/vocab_parallel.md.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
 
     Returns:
@@ -127,28 +134,15 @@ def divergence(
             the fix. Where values cannot be read for free (under compile, on a GPU) the offending
             row's loss is NaN instead.
     """
-    call = prepare(
-        student_logits,
-        teacher_logits,
-        kind,
-        beta,
-        alpha,
-        temperature,
-        scale_t2,
-        weight,
-        mask,
-        labels,
-        label_weight,
-        ignore_index,
-        z_loss,
-        reduction,
-        denominator,
-        student_rows,
-        teacher_rows,
-        vocab,
-        convention,
-        impl,
+    arguments = (
+        kind, beta, alpha, temperature, scale_t2, weight, mask, labels, label_weight, ignore_index,
+        z_loss, reduction, denominator, student_rows, teacher_rows, vocab, convention, impl,
+    )  # fmt: skip
+    shard = parallel.find(
+        group, -1, (student_logits, teacher_logits), (*arguments, overwrite_logits)
     )
+    parallel.refuse_overwrite(shard, overwrite_logits)
+    call = prepare(student_logits, teacher_logits, *arguments, shard)
     if overwrite_logits and torch.is_grad_enabled() and student_logits.requires_grad:
         return _overwrite(call, student_logits)
     loss, _ = _loss_rows(call, with_stats=call.soft_cross_entropy)
@@ -161,7 +155,7 @@ def divergence_with_stats(
     """`divergence` and, from the same pass, each row's normalisers, entropies, acceptance and
     arg-max agreement.
 
-    Takes the arguments of `divergence` except `overwrite_logits`. The statistics are those of p and
+    Takes the arguments of `divergence` except `overwrite_logits` and `group`. The statistics are those of p and
     q at the row's temperature, have the prefix's shape (`[R]` with row indices) and carry no
     gradient.
     """
@@ -185,8 +179,8 @@ def divergence_jvp(
     of the loss).
 
     The explicit form of `torch.func.jvp`, and the one to use under `torch.compile`, which drops
-    tangents of custom functions. Takes the arguments of `divergence` except `overwrite_logits`. Not
-    differentiable again.
+    tangents of custom functions. Takes the arguments of `divergence` except `overwrite_logits` and
+    `group`. Not differentiable again.
     """
     if student_tangent.shape != student_logits.shape:
         raise ValueError(
@@ -201,7 +195,7 @@ def divergence_jvp(
 _DEFAULTS: dict[str, Any] = {
     name: p.default
     for name, p in inspect.signature(divergence).parameters.items()
-    if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "overwrite_logits"
+    if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("overwrite_logits", "group")
 }
 
 _OPTIONS = (
@@ -273,7 +267,9 @@ def _loss_rows(call: Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
     """Row losses `[R]`, differentiable in the student's logits, and row statistics `[R, STATS]` or
     `[0, STATS]`."""
     inputs, options = call.inputs, call.options
-    if call.backend == "reference":
+    if call.shard is not None:
+        loss, stats = _parallel_rows(call, call.shard)
+    elif call.backend == "reference":
         loss, stats = divergence_reference(
             inputs, options, with_stats=with_stats or call.soft_cross_entropy
         )
@@ -297,6 +293,39 @@ def _loss_rows(call: Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
         if inputs.counted is not None:  # the statistics of other rows are NaN
             entropy = torch.where(inputs.counted, entropy, 0)
         loss = loss + (1 - options.label_weight) * entropy
+    return loss, stats
+
+
+def _parallel_rows(call: Call, shard: parallel.Shard) -> tuple[Tensor, Tensor]:
+    """`_loss_rows` of a sharded vocabulary; of the statistics only the teacher's entropy."""
+    options, backend = call.options, call.backend
+    here = options._replace(vocab=shard.width)
+    stats = torch.empty(0)
+
+    def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
+        nonlocal stats
+        inputs = Inputs(*tensors)
+        entropy = call.soft_cross_entropy
+        loss, saved, entropies = parallel.divergence_forward(
+            shard, inputs, options, entropy=entropy
+        )
+        if entropy:
+            stats = entropies[:, None].expand(-1, STATS)
+        return loss, saved
+
+    def backward(*tensors: Any) -> Tensor:
+        inputs, saved, grad_rows = Inputs(*tensors[:7]), *tensors[7:]
+        if backend == "reference":
+            grad = torch.empty_like(inputs.student)
+            if inputs.counted is not None:
+                grad_rows = torch.where(inputs.counted, grad_rows, 0)
+            parallel.divergence_backward(shard, inputs, here, saved, grad_rows, grad)
+            return grad
+        if inputs.labels is not None:  # outside the shard, it is nobody's token
+            inputs = inputs._replace(labels=inputs.labels - shard.offset)
+        return _gradient(*inputs, saved, grad_rows, here, backend)
+
+    loss = parallel.rows(parallel.Op(forward, backward), *call.inputs)[0]
     return loss, stats
 
 

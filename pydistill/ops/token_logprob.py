@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from pydistill import _registry
 from pydistill.ops import _memory, _rows
+from pydistill.ops import _vocab_parallel as parallel
 from pydistill.reference.token_logprob import (
     DEPTH,
     ID_OUT_OF_RANGE,
@@ -57,6 +58,7 @@ def token_logprob(
     *,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
+    group: Any = None,
     impl: str = "auto",
 ) -> TokenLogprob:
     """Log-probability of each row's token under softmax(logits / temperature), and the row's
@@ -68,6 +70,7 @@ def token_logprob(
         temperature: T > 0, a scalar or one value a row.
         mask: bool `[...]`; rows that are False are never read and give 0 and no gradient, whatever
             their id.
+        group: as in `pydistill.divergence`; the logits are sharded.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
 
     Returns:
@@ -81,7 +84,8 @@ def token_logprob(
             the fix. Where values cannot be read for free (under compile, on a GPU) a row whose id
             or temperature is out of range is NaN instead.
     """
-    call = _prepare(logits, ids, temperature, mask, impl)
+    shard = parallel.find(group, -1, (logits,), (ids, temperature, mask, impl))
+    call = _prepare(logits, ids, temperature, mask, impl, shard)
     return call.shaped(*_rows_of(call))
 
 
@@ -91,7 +95,8 @@ def token_logprob_jvp(
     """`token_logprob` and its directional derivatives along `tangent [..., V]`.
 
     The explicit form of `torch.func.jvp`, and the one to use under `torch.compile`, which drops
-    tangents of custom functions. Takes the arguments of `token_logprob`. Not differentiable again.
+    tangents of custom functions. Takes the arguments of `token_logprob` except `group`. Not
+    differentiable again.
     """
     if tangent.shape != logits.shape:
         raise ValueError(
@@ -106,7 +111,7 @@ def token_logprob_jvp(
 _DEFAULTS: dict[str, Any] = {
     name: p.default
     for name, p in inspect.signature(token_logprob).parameters.items()
-    if p.kind is inspect.Parameter.KEYWORD_ONLY
+    if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "group"
 }
 
 
@@ -117,23 +122,30 @@ class _Call(NamedTuple):
     temperature: float
     backend: str
     shape: tuple[int, ...]
+    shard: parallel.Shard | None
 
     def shaped(self, logprob: Tensor, entropy: Tensor) -> TokenLogprob:
         return TokenLogprob(logprob.reshape(self.shape), entropy.reshape(self.shape))
 
 
 def _prepare(
-    logits: Tensor, ids: Tensor, temperature: float | Tensor, mask: Tensor | None, impl: str
+    logits: Tensor,
+    ids: Tensor,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    impl: str,
+    shard: parallel.Shard | None = None,
 ) -> _Call:
     """Checks every argument and brings the call into the form that kernels take."""
     _rows.check_logits("logits", logits)
     device, shape = logits.device, tuple(logits.shape[:-1])
     mask = _rows.row_mask(mask, shape, device)
-    rows = row_ids(ids, shape, mask, logits.shape[-1], device)
+    vocab = logits.shape[-1] if shard is None else shard.total
+    rows = row_ids(ids, shape, mask, vocab, device)
     backend = _registry.resolve(OP.name, impl, device.type, logits.dtype)
     t, params = row_temperature(temperature, shape, logits)
     counted = None if mask is None else mask.contiguous()
-    return _Call(Inputs(_rows.flatten(logits), rows, counted, params), t, backend, shape)
+    return _Call(Inputs(_rows.flatten(logits), rows, counted, params), t, backend, shape, shard)
 
 
 def row_temperature(
@@ -227,6 +239,9 @@ _registry.kernel(
 
 def _rows_of(call: _Call) -> tuple[Tensor, Tensor]:
     """logprob and entropy `[R]`, differentiable in the logits."""
+    if call.shard is not None:
+        logprob, entropy = parallel.rows(_parallel_op(call, call.shard), *call.inputs)
+        return logprob, entropy
     if call.backend == "reference":
         rows = token_logprob_reference(call.inputs, call.temperature)
         return rows.logprob, rows.entropy
@@ -243,6 +258,16 @@ def _rows_of(call: _Call) -> tuple[Tensor, Tensor]:
         *call.inputs, call.temperature, call.backend
     )
     return out[0], out[1]
+
+
+def _parallel_op(call: _Call, shard: parallel.Shard) -> parallel.Op:
+    def forward(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return parallel.token_forward(shard, Inputs(*tensors), call.temperature)
+
+    def backward(logits: Tensor, ids: Tensor, *rest: Any) -> Tensor:
+        return _gradient(logits, ids - shard.offset, *rest, call.temperature, call.backend)
+
+    return parallel.Op(forward, backward)
 
 
 def _forward(inputs: Inputs, temperature: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,7 +433,7 @@ def _tangent_rows(
     call: _Call, tangent: Tensor
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """logprob and entropy, and their tangents, by the explicit route that also compiles."""
-    inputs, temperature, backend, _ = call
+    inputs, temperature, backend, *_ = call
     if backend == "reference":
         with torch.enable_grad():
             leaf = inputs.logits.detach().requires_grad_()

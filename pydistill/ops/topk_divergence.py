@@ -28,6 +28,7 @@ from torch.autograd import forward_ad
 
 from pydistill import _registry
 from pydistill.ops import _memory, _rows
+from pydistill.ops import _vocab_parallel as parallel
 from pydistill.ops._topk_divergence_call import OP, Call, duplicate_ids, prepare
 from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.reference.topk_divergence import (
@@ -57,6 +58,7 @@ def topk_divergence(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     overwrite_logits: bool = False,
+    group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
     """Divergence of the student's distribution from a teacher known on K tokens a row,
@@ -81,7 +83,7 @@ def topk_divergence(
         teacher_temperature: at which the log-probabilities were recorded; None is 1. "renormalize"
             and "zero" bring them to `temperature`; "bucket" and "truncate", whose tail mass would
             be unknown, raise unless the two are equal.
-        scale_t2, weight, mask, reduction, denominator, overwrite_logits, impl: as in
+        scale_t2, weight, mask, reduction, denominator, overwrite_logits, group, impl: as in
             `pydistill.divergence`.
 
     Returns:
@@ -95,10 +97,13 @@ def topk_divergence(
             the fix. Where values cannot be read for free (under compile, on a GPU) the offending
             row's loss is NaN instead.
     """
-    call = prepare(
-        student_logits, topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature,
-        teacher_temperature, scale_t2, weight, mask, reduction, denominator, impl,
+    arguments = (
+        topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
+        scale_t2, weight, mask, reduction, denominator, impl,
     )  # fmt: skip
+    shard = parallel.find(group, -1, (student_logits,), (*arguments, overwrite_logits))
+    parallel.refuse_overwrite(shard, overwrite_logits)
+    call = prepare(student_logits, *arguments, shard)
     if overwrite_logits and torch.is_grad_enabled() and student_logits.requires_grad:
         return _overwrite(call, student_logits)
     return call.reduce(_loss_rows(call))
@@ -116,8 +121,8 @@ def topk_divergence_jvp(
     tangent of the loss).
 
     The explicit form of `torch.func.jvp`, and the one to use under `torch.compile`, which drops
-    tangents of custom functions. Takes the arguments of `topk_divergence` except
-    `overwrite_logits`. Not differentiable again.
+    tangents of custom functions. Takes the arguments of `topk_divergence` except `overwrite_logits`
+    and `group`. Not differentiable again.
     """
     if student_tangent.shape != student_logits.shape:
         raise ValueError(
@@ -133,7 +138,7 @@ def topk_divergence_jvp(
 _DEFAULTS: dict[str, Any] = {
     name: p.default
     for name, p in inspect.signature(topk_divergence).parameters.items()
-    if p.kind is inspect.Parameter.KEYWORD_ONLY and name != "overwrite_logits"
+    if p.kind is inspect.Parameter.KEYWORD_ONLY and name not in ("overwrite_logits", "group")
 }
 
 _TEACHER = "Tensor ids, Tensor log_p, Tensor? log_tail"
@@ -201,6 +206,10 @@ def _check_status(inputs: Inputs, status: Tensor) -> None:
 def _loss_rows(call: Call) -> Tensor:
     """Row losses `[R]`, differentiable in the student's logits."""
     inputs, options = call.inputs, call.options
+    if call.shard is not None:
+        op = _parallel_op(call, call.shard)
+        _check_status(inputs, parallel.support_status(inputs.ids, call.shard.total))
+        return parallel.rows(op, *inputs)[0]
     if call.backend == "reference":
         loss, status = topk_divergence_reference(inputs, options)
         _check_status(inputs, status)
@@ -218,6 +227,26 @@ def _loss_rows(call: Call) -> Tensor:
     loss, saved = out
     _check_status(inputs, saved[:, STATUS])
     return loss
+
+
+def _parallel_op(call: Call, shard: parallel.Shard) -> parallel.Op:
+    options, backend = call.options, call.backend
+
+    def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
+        return parallel.topk_forward(shard, Inputs(*tensors), options)
+
+    def backward(*tensors: Any) -> Tensor:
+        inputs, saved, grad_rows = Inputs(*tensors[:6]), *tensors[6:]
+        inputs = inputs._replace(ids=shard.local(inputs.ids))
+        if backend != "reference":
+            return _gradient(*inputs, saved, grad_rows, options, backend)
+        grad = torch.empty_like(inputs.student)
+        if inputs.counted is not None:
+            grad_rows = torch.where(inputs.counted, grad_rows, 0)
+        parallel.topk_backward(shard, inputs, options, saved, grad_rows, grad)
+        return grad
+
+    return parallel.Op(forward, backward)
 
 
 def _forward(inputs: Inputs, options: Options, backend: str) -> tuple[Tensor, Tensor]:
