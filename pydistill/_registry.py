@@ -85,6 +85,7 @@ def kernel(op: Operator, name: str, schema: str, reference: Callable[..., None])
 
 
 _made_of: dict[str, str] = {}
+_runs: dict[str, Callable[..., None]] = {}
 
 
 def composed_kernel(
@@ -97,7 +98,7 @@ def composed_kernel(
 ) -> None:
     """A `kernel` that is Python over the kernels of another operator, on every backend that has
     those: `run(backend, *args)`. `of` is the one of them that says where they exist."""
-    _made_of[name] = of
+    _made_of[name], _runs[name] = of, run
 
     def on(backend: str) -> Callable[..., None]:
         def call(*args: Any) -> None:
@@ -139,6 +140,11 @@ def overload(name: str, backend: str) -> Callable[..., None]:
     """The bound overload of kernel `name` for `backend`."""
     found: Callable[..., None] = getattr(getattr(torch.ops, _NAMESPACE[backend]), name).default
     return found
+
+
+def composed_run(name: str) -> Callable[..., None]:
+    """`run` of a composed kernel, for what a schema cannot take."""
+    return _runs[name]
 
 
 def has_kernel(name: str, backend: str) -> bool:

@@ -11,6 +11,7 @@ The second serves `gradient="recompute"`, with any upstream and any number of ti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch.autograd import forward_ad
 from pydistill import _registry
 from pydistill.ops import _rows
 from pydistill.ops._linear_head import new_gradients
+from pydistill.ops._vocab_parallel import Shard
 from pydistill.reference.linear_head import Head
 
 GRADIENTS = ("recompute", "in_forward")
@@ -34,6 +36,22 @@ class Rows(NamedTuple):
     saved: int  # statistics a row
     numbers: tuple[Any, ...]
     backend: str
+    shard: Shard | None
+
+
+def _kernel(name: str, backend: str, shard: Shard | None) -> Callable[..., None]:
+    """Kernel `name`; where this process has a shard of the vocabulary, one of those columns."""
+    if shard is None:
+        return _registry.overload(name, backend)
+    return partial(_registry.composed_run(name), backend, shard=shard)
+
+
+def _whole(grads: tuple[Tensor, ...], like: Tensor, shard: Shard | None) -> tuple[Tensor, ...]:
+    """`grads` with that of the hidden states, which every token adds to, summed over the shards."""
+    hidden, *rest = grads
+    if shard is not None and hidden.numel():
+        hidden = shard.sum_(hidden)
+    return hidden.to(like.dtype), *rest
 
 
 def rows(
@@ -46,6 +64,7 @@ def rows(
     outputs: int,
     saved: int,
     backend: str,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     """The row outputs `[R]` of operator `name`, differentiable in the head's tensors."""
     function = _LinearRowsEager
@@ -53,7 +72,7 @@ def rows(
         if forward_ad._current_level >= 0:
             raise RuntimeError(_NO_FORWARD_MODE.format(name))
         function = _LinearRows  # type: ignore[assignment]
-    what = Rows(name, len(tensors), outputs, saved, numbers, backend)
+    what = Rows(name, len(tensors), outputs, saved, numbers, backend, shard)
     padded = [*tensors, *[None] * (5 - len(tensors))]
     out: tuple[Tensor, ...] = function.apply(  # type: ignore[no-untyped-call]
         *head[:3], counted, *padded, what
@@ -82,7 +101,7 @@ class _LinearRows(torch.autograd.Function):
         first = torch.empty(n, dtype=torch.float32, device=hidden.device)
         second, saved = first.new_empty(n * (what.outputs - 1)), first.new_empty((n, what.saved))
         tensors = (a, b, c, d, e)[: what.tensors]
-        _registry.overload(f"{what.name}_fwd", what.backend)(
+        _kernel(f"{what.name}_fwd", what.backend, what.shard)(
             hidden, weight, bias, counted, *tensors, *what.numbers,
             *(first, second)[: what.outputs], saved,
         )  # fmt: skip
@@ -148,12 +167,12 @@ class _LinearRowsBackward(torch.autograd.Function):
             elif counted is not None:
                 upstream = torch.where(counted, upstream, 0)
             upstreams.append(upstream.contiguous())
-        grads = new_gradients(Head(hidden, weight, bias), needed)
+        grads = new_gradients(Head(hidden, weight, bias), needed, what.shard is not None)
         tensors = (a, b, c, d, e)[: what.tensors]
-        _registry.overload(f"{what.name}_bwd", what.backend)(
+        _kernel(f"{what.name}_bwd", what.backend, what.shard)(
             hidden, weight, bias, counted, *tensors, saved, *upstreams, *what.numbers, *grads
         )
-        return grads
+        return _whole(grads, hidden, what.shard)
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -198,19 +217,20 @@ def loss_with_gradients(
     *,
     name: str,
     backend: str,
+    shard: Shard | None = None,
 ) -> Tensor:
     """The sum of scale * row loss of operator `name`, whose gradients are computed with it."""
-    kernel = _registry.overload(f"{name}_gradients", backend)
+    kernel = _kernel(f"{name}_gradients", backend, shard)
     loss: Tensor = _GradientInForward.apply(  # type: ignore[no-untyped-call]
-        *head[:3], kernel, (counted, *tensors, scale, *numbers), scale
+        *head[:3], kernel, (counted, *tensors, scale, *numbers), scale, shard
     )
     return loss
 
 
 class _GradientInForward(torch.autograd.Function):
-    """(hidden, weight, bias, kernel, its other arguments, scale [R]) -> sum of scale * row loss,
-    with the gradients of that sum computed beside it. One `forward` with ctx:
-    functorch's transforms cannot use it, and raise."""
+    """(hidden, weight, bias, kernel, its other arguments, scale [R], shard) -> sum of scale * row
+    loss, with the gradients of that sum computed beside it. One `forward` with ctx: functorch's
+    transforms cannot use it, and raise."""
 
     @staticmethod
     def forward(
@@ -221,12 +241,14 @@ class _GradientInForward(torch.autograd.Function):
         kernel: Callable[..., None],
         arguments: tuple[Any, ...],
         scale: Tensor,
+        shard: Shard | None,
     ) -> Tensor:
         loss = torch.empty_like(scale)
         head = Head(hidden, weight, bias)
         needed = tuple(ctx.needs_input_grad[:3])
-        grads = new_gradients(head, needed)
+        grads = new_gradients(head, needed, shard is not None)
         kernel(*head[:3], *arguments, loss, *grads)
+        grads = _whole(grads, hidden, shard)
         ctx.grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
         return torch.where(scale == 0, 0, scale * loss).sum()
 
@@ -246,4 +268,4 @@ class _GradientInForward(torch.autograd.Function):
             for g in grads:
                 if g is not None:
                     g.mul_(upstream)
-        return *grads, *[None] * 3
+        return *grads, *[None] * 4

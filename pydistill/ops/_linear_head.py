@@ -135,10 +135,12 @@ def block_rows(vocab: int) -> int:
 
 
 class Tiles:
-    """Logits of a head, tile by tile, in one buffer."""
+    """Logits of a head, tile by tile, in one buffer. `widest` is the largest shard's `vocab`, where
+    it has shards: their processes must cut the same blocks of rows."""
 
-    def __init__(self, head: Head, vocab: int) -> None:
+    def __init__(self, head: Head, vocab: int, widest: int | None = None) -> None:
         self.head, self.vocab = head, vocab
+        self.block_rows = block_rows(widest or vocab)
         self._buffer = torch.empty(0, dtype=torch.float32, device=head.hidden.device)
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
@@ -166,7 +168,7 @@ class Tiles:
 
 def forward(tiles: Tiles, loss: RowLoss) -> None:
     columns = slice(0, tiles.vocab)
-    for rows in spans(tiles.head.hidden.shape[0], block_rows(tiles.vocab)):
+    for rows in spans(tiles.head.hidden.shape[0], tiles.block_rows):
         loss.forward(tiles.logits(rows, columns), rows)
 
 
@@ -192,7 +194,7 @@ def forward_backward(tiles: Tiles, loss: RowLoss, out: Gradients) -> None:
     blocks of rows, which takes fp32 memory of the weight's shape where that is a half type."""
     sums = Gradients(*(None if x is None else _zeros(x) for x in out))
     columns = slice(0, tiles.vocab)
-    for rows in spans(tiles.head.hidden.shape[0], block_rows(tiles.vocab)):
+    for rows in spans(tiles.head.hidden.shape[0], tiles.block_rows):
         logits = tiles.logits(rows, columns)
         slope = tiles.slope(logits)
         loss.overwrite(logits, rows)
@@ -246,13 +248,17 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> N
     torch.addmm(out, a.float(), b.float(), beta=1 if accumulate else 0, out=out)
 
 
-def new_gradients(head: Head, needed: tuple[bool, ...]) -> tuple[Tensor, ...]:
-    """Memory for the gradients of hidden, weight and bias; empty where not needed."""
+def new_gradients(
+    head: Head, needed: tuple[bool, ...], partial: bool = False
+) -> tuple[Tensor, ...]:
+    """Memory for the gradients of hidden, weight and bias; empty where not needed. A `partial` one
+    of hidden states is fp32, to be summed."""
     found = []
     for x, need in zip(head[:3], needed, strict=True):
         like = head.hidden if x is None else x
         shape = like.shape if need else (0,)
-        found.append(torch.empty(shape, dtype=like.dtype, device=like.device))
+        dtype = torch.float32 if partial and x is head.hidden else like.dtype
+        found.append(torch.empty(shape, dtype=dtype, device=like.device))
     return tuple(found)
 
 

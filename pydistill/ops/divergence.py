@@ -30,6 +30,7 @@ from pydistill import _registry
 from pydistill.ops import _memory, _rows
 from pydistill.ops import _vocab_parallel as parallel
 from pydistill.ops._divergence_call import OP, Call, prepare
+from pydistill.ops._vocab_parallel_divergence import divergence_backward, divergence_forward
 from pydistill.reference.divergence import (
     ENTROPY_T,
     SAVED,
@@ -141,7 +142,7 @@ def divergence(
     shard = parallel.find(
         group, -1, (student_logits, teacher_logits), (*arguments, overwrite_logits)
     )
-    parallel.refuse_overwrite(shard, overwrite_logits)
+    parallel.check(shard, student_logits, overwrite_logits)
     call = prepare(student_logits, teacher_logits, *arguments, shard)
     if overwrite_logits and torch.is_grad_enabled() and student_logits.requires_grad:
         return _overwrite(call, student_logits)
@@ -155,9 +156,9 @@ def divergence_with_stats(
     """`divergence` and, from the same pass, each row's normalisers, entropies, acceptance and
     arg-max agreement.
 
-    Takes the arguments of `divergence` except `overwrite_logits` and `group`. The statistics are those of p and
-    q at the row's temperature, have the prefix's shape (`[R]` with row indices) and carry no
-    gradient.
+    Takes the arguments of `divergence` except `overwrite_logits` and `group`. The statistics are
+    those of p and q at the row's temperature, have the prefix's shape (`[R]` with row indices) and
+    carry no gradient.
     """
     if arguments.pop("overwrite_logits", False):
         raise ValueError(
@@ -306,23 +307,21 @@ def _parallel_rows(call: Call, shard: parallel.Shard) -> tuple[Tensor, Tensor]:
         nonlocal stats
         inputs = Inputs(*tensors)
         entropy = call.soft_cross_entropy
-        loss, saved, entropies = parallel.divergence_forward(
-            shard, inputs, options, entropy=entropy
-        )
+        loss, saved, entropies = divergence_forward(shard, inputs, options, entropy=entropy)
         if entropy:
             stats = entropies[:, None].expand(-1, STATS)
         return loss, saved
 
     def backward(*tensors: Any) -> Tensor:
         inputs, saved, grad_rows = Inputs(*tensors[:7]), *tensors[7:]
+        if inputs.labels is not None:  # outside the shard, it is nobody's token
+            inputs = inputs._replace(labels=inputs.labels - shard.offset)
         if backend == "reference":
             grad = torch.empty_like(inputs.student)
             if inputs.counted is not None:
                 grad_rows = torch.where(inputs.counted, grad_rows, 0)
-            parallel.divergence_backward(shard, inputs, here, saved, grad_rows, grad)
+            divergence_backward(inputs, here, saved, grad_rows, grad)
             return grad
-        if inputs.labels is not None:  # outside the shard, it is nobody's token
-            inputs = inputs._replace(labels=inputs.labels - shard.offset)
         return _gradient(*inputs, saved, grad_rows, here, backend)
 
     loss = parallel.rows(parallel.Op(forward, backward), *call.inputs)[0]

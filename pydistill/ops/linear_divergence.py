@@ -23,8 +23,10 @@ from pydistill import _registry
 from pydistill.ops import _linear_autograd as autograd
 from pydistill.ops import _linear_head as linear
 from pydistill.ops import _rows
+from pydistill.ops import _vocab_parallel as parallel
 from pydistill.ops._divergence_call import RowArguments, common_vocab, row_arguments
-from pydistill.reference.divergence import SAVED, Options
+from pydistill.ops._vocab_parallel_divergence import divergence_backward, divergence_forward
+from pydistill.reference.divergence import SAVED, Inputs, Options
 from pydistill.reference.linear_divergence import linear_divergence_reference
 from pydistill.reference.linear_head import Head
 
@@ -59,6 +61,7 @@ def linear_divergence(
     vocab: str = "equal",
     convention: str | None = None,
     gradient: str = "recompute",
+    group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
     """Divergence of the student's head's distribution from the teacher's head's, differentiable in
@@ -81,6 +84,12 @@ def linear_divergence(
             with the loss, from logits computed once, when one of the student's tensors requires
             grad: a quarter to a third less work; needs a scalar reduction, and can be used once. It
             holds the gradients, and where the weight is a half type fp32 sums of its shape.
+        group: a `torch.distributed.ProcessGroup` whose ranks each hold some rows of the weights and
+            biases, in the
+            order of ranks; all else is the same on every rank, and so are the
+            results. Gradients are those of the local rows, and the whole of the hidden states',
+            which this call sums over the ranks. Every rank must call, and run backward.
+            docs/vocab_parallel.md.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
 
     Returns:
@@ -91,11 +100,18 @@ def linear_divergence(
             the fix. Where values cannot be read for free (under compile, on a GPU) the offending
             row's loss is NaN instead.
     """
+    arguments = (
+        student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap, beta, alpha,
+        temperature, scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, reduction,
+        denominator, vocab, convention, impl,
+    )  # fmt: skip
+    shard = parallel.find(
+        group, 0, (student_weight, teacher_weight, student_bias, teacher_bias),
+        (student_hidden, teacher_hidden, kind, *arguments, gradient),
+    )  # fmt: skip
     call = _prepare(
         student_hidden, student_weight, teacher_hidden, teacher_weight, kind, student_bias,
-        teacher_bias, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
-        beta, alpha, temperature, scale_t2, weight, mask, labels, label_weight, ignore_index,
-        z_loss, reduction, denominator, vocab, convention, impl,
+        teacher_bias, *arguments, shard,
     )  # fmt: skip
     student, row_weight = call.student, call.rows.weight
     if autograd.in_forward(gradient, student, reduction, row_weight, call.backend):
@@ -115,6 +131,7 @@ class Call(NamedTuple):
     shape: tuple[int, ...]
     reduction: str
     denominator: float | Tensor | None
+    shard: parallel.Shard | None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (*self.teacher[:3], self.rows.labels, self.rows.params)
@@ -150,6 +167,7 @@ def _prepare(
     vocab: str,
     convention: str | None,
     impl: str,
+    shard: parallel.Shard | None,
 ) -> Call:
     student = linear.check_head(
         "student", student_hidden, student_weight, student_bias, student_logit_scale,
@@ -168,20 +186,22 @@ def _prepare(
         )
     _rows.check_reduction(reduction, denominator)
     like = linear.widest(student, teacher)
+    parallel.check(shard, like)
     backend = _registry.resolve(OP.name, impl, like.device.type, like.dtype)
     vocab_size = common_vocab("weight", student_weight.shape[0], teacher_weight.shape[0], vocab)
     shape = tuple(student_hidden.shape[:-1])
     rows = row_arguments(
         kind, beta, alpha, temperature, scale_t2, weight, mask, labels, label_weight, ignore_index,
-        z_loss, convention, vocab_size, shape, like,
+        z_loss, convention, vocab_size if shard is None else shard.total, shape, like,
     )  # fmt: skip
+    rows = rows._replace(options=rows.options._replace(vocab=vocab_size))
     if rows.soft_cross_entropy:
         raise ValueError(
             f"convention={convention!r} reports kind={kind!r} as a cross-entropy, which needs the"
             " teacher's entropy; pass convention=None (the gradient is the same), or call"
             " divergence."
         )
-    return Call(student, teacher, rows, backend, shape, reduction, denominator)
+    return Call(student, teacher, rows, backend, shape, reduction, denominator, shard)
 
 
 _TENSORS = (
@@ -196,12 +216,17 @@ _NUMBERS = (
 _GRADIENTS = "Tensor(a!) grad_hidden, Tensor(b!) grad_weight, Tensor(c!) grad_bias"
 
 
-def _call(tensors: tuple[Any, ...], numbers: tuple[Any, ...], backend: str) -> Call:
+def _call(
+    tensors: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    backend: str,
+    shard: parallel.Shard | None = None,
+) -> Call:
     """The call that a kernel was given."""
     counted, labels, params = tensors[3], *tensors[7:9]
     rows = RowArguments(Options(*numbers[4:]), counted, labels, params, None, False)
     student, teacher = Head(*tensors[:3], *numbers[:2]), Head(*tensors[4:7], *numbers[2:4])
-    return Call(student, teacher, rows, backend, (), "", None)
+    return Call(student, teacher, rows, backend, (), "", None, shard)
 
 
 def _reference_rows(call: Call) -> Tensor:
@@ -247,7 +272,7 @@ class _Rows:
 
     def __init__(self, call: Call, index: Tensor | None, **tensors: Tensor) -> None:
         teacher = call.teacher._replace(hidden=linear.select(call.teacher.hidden, index))
-        self.options, self.backend = call.rows.options, call.backend
+        self.options, self.backend, self.shard = call.rows.options, call.backend, call.shard
         self.teacher = linear.Tiles(teacher, self.options.vocab)
         self.labels = linear.select_optional(call.rows.labels, index)
         self.params = linear.select_optional(call.rows.params, index)
@@ -256,6 +281,12 @@ class _Rows:
     def forward(self, logits: Tensor, rows: slice) -> None:
         loss, saved = self.tensors["loss"][rows], self.tensors["saved"][rows]
         teacher = self.teacher.logits(rows, slice(0, self.options.vocab))
+        if self.shard is not None:
+            inputs = Inputs(logits, teacher, None, None, None, *self._row_arguments(rows))
+            found = divergence_forward(self.shard, inputs, self.options)
+            loss.copy_(found[0])
+            saved.copy_(found[1])
+            return
         _registry.overload("divergence_fwd", self.backend)(
             logits, teacher, None, None, None, *self._row_arguments(rows), *self.options, loss,
             saved, loss.new_empty((0, 6)),
@@ -264,15 +295,22 @@ class _Rows:
     def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
         teacher = self.teacher.logits(rows, columns)
         labels, params = self._row_arguments(rows)
-        if labels is not None:
-            labels = labels - columns.start  # outside the tile, it is nobody's token
+        if labels is not None:  # outside the tile, it is nobody's token
+            labels = labels - columns.start - (0 if self.shard is None else self.shard.offset)
         options = self.options._replace(vocab=columns.stop - columns.start)
+        if self.backend == "reference":
+            inputs = Inputs(logits, teacher, None, None, None, labels, params)
+            saved, upstream = self.tensors["saved"][rows], self.tensors["upstream"][rows]
+            return divergence_backward(inputs, options, saved, upstream, logits)
         _registry.overload("divergence_bwd", self.backend)(
             logits, teacher, None, None, None, None, labels, params, self.tensors["saved"][rows],
             self.tensors["upstream"][rows], *options, logits,
         )  # fmt: skip
 
     def overwrite(self, logits: Tensor, rows: slice) -> None:
+        if self.shard is not None:
+            self.forward(logits, rows)
+            return self.backward(logits, rows, slice(0, self.options.vocab))
         teacher = self.teacher.logits(rows, slice(0, self.options.vocab))
         _registry.overload("divergence_overwrite", self.backend)(
             logits, teacher, None, None, None, *self._row_arguments(rows),
@@ -288,11 +326,11 @@ class _Rows:
 
 def _tiles(call: Call, index: Tensor | None) -> linear.Tiles:
     student = call.student._replace(hidden=linear.select(call.student.hidden, index))
-    return linear.Tiles(student, call.rows.options.vocab)
+    return linear.Tiles(student, call.rows.options.vocab, call.shard and call.shard.widest)
 
 
-def _forward_run(backend: str, *args: Any) -> None:
-    call, (loss, saved) = _call(args[:9], args[9:21], backend), args[21:]
+def _forward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, (loss, saved) = _call(args[:9], args[9:21], backend, shard), args[21:]
     with linear.plain(loss):
         index = linear.rows_where(call.rows.counted)
         part = linear.Selected(index, loss, saved)
@@ -302,8 +340,8 @@ def _forward_run(backend: str, *args: Any) -> None:
         part.put()
 
 
-def _backward_run(backend: str, *args: Any) -> None:
-    call, out = _call(args[:9], args[11:23], backend), linear.wanted(*args[23:])
+def _backward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, out = _call(args[:9], args[11:23], backend, shard), linear.wanted(*args[23:])
     with linear.plain(args[9]):
         index = linear.rows_where(args[10] != 0)
         part = linear.Selected(index, out.hidden)
@@ -313,12 +351,14 @@ def _backward_run(backend: str, *args: Any) -> None:
         part.put()
 
 
-def _gradients_run(backend: str, *args: Any) -> None:
-    call, out = _call(args[:9], args[10:22], backend), linear.wanted(*args[23:])
+def _gradients_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, out = _call(args[:9], args[10:22], backend, shard), linear.wanted(*args[23:])
     with linear.plain(args[9]):
         index = linear.rows_where(call.rows.counted)
         part = linear.Selected(index, args[22], out.hidden)
-        rows = _Rows(call, index, loss=part.rows[0], upstream=linear.select(args[9], index))
+        loss, upstream = part.rows[0], linear.select(args[9], index)
+        saved = loss.new_empty((loss.shape[0], SAVED))
+        rows = _Rows(call, index, loss=loss, saved=saved, upstream=upstream)
         linear.forward_backward(_tiles(call, index), rows, out._replace(hidden=part.rows[1]))
         part.put()
 
@@ -351,11 +391,11 @@ _registry.composed_kernel(
 
 def _loss_rows(call: Call) -> Tensor:
     """Row losses `[R]`, differentiable."""
-    if call.backend == "reference":
+    if call.backend == "reference" and call.shard is None:
         return _reference_rows(call)
     return autograd.rows(
         call.student, call.rows.counted, call.tensors(), call.numbers(), name=OP.name, outputs=1,
-        saved=SAVED, backend=call.backend,
+        saved=SAVED, backend=call.backend, shard=call.shard,
     )[0]  # fmt: skip
 
 
@@ -366,5 +406,5 @@ def _in_forward(call: Call) -> Tensor:
     )  # fmt: skip
     return autograd.loss_with_gradients(
         call.student, call.rows.counted, call.tensors(), call.numbers(), scale, name=OP.name,
-        backend=call.backend,
+        backend=call.backend, shard=call.shard,
     )  # fmt: skip

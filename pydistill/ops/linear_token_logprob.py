@@ -23,10 +23,17 @@ from pydistill import _registry
 from pydistill.ops import _linear_autograd as autograd
 from pydistill.ops import _linear_head as linear
 from pydistill.ops import _rows
-from pydistill.ops.token_logprob import TokenLogprob, row_ids, row_temperature
+from pydistill.ops import _vocab_parallel as parallel
+from pydistill.ops._vocab_parallel_token_logprob import token_forward
+from pydistill.ops.token_logprob import (
+    TokenLogprob,
+    backward_reference,
+    row_ids,
+    row_temperature,
+)
 from pydistill.reference.linear_head import Head
 from pydistill.reference.linear_token_logprob import linear_token_logprob_reference
-from pydistill.reference.token_logprob import SAVED
+from pydistill.reference.token_logprob import SAVED, Inputs
 
 OP = _registry.operator("linear_token_logprob", {torch.float32})
 
@@ -41,6 +48,7 @@ def linear_token_logprob(
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
+    group: Any = None,
     impl: str = "auto",
 ) -> TokenLogprob:
     """Log-probability of each row's token under a head's distribution, and the row's entropy, both
@@ -55,6 +63,7 @@ def linear_token_logprob(
         softcap: c > 0, logits become c tanh(logits / c).
         ids, temperature, mask, impl: as in `pydistill.token_logprob`. Rows whose mask is False are
             left out of the products.
+        group: as in `pydistill.linear_divergence`.
 
     Returns:
         `TokenLogprob(logprob, entropy)`, in nats, of the prefix's shape; fp32, or fp64 for fp64
@@ -65,13 +74,18 @@ def linear_token_logprob(
             the fix. Where values cannot be read for free (under compile, on a GPU) a row whose id
             or temperature is out of range is NaN instead.
     """
+    arguments = (hidden, ids, logit_scale, softcap, temperature, mask, impl)
+    shard = parallel.find(group, 0, (weight, bias), arguments)
     head = linear.check_head("", hidden, weight, bias, logit_scale, softcap)
     like, shape = linear.widest(head), tuple(hidden.shape[:-1])
+    parallel.check(shard, like)
+    vocab = weight.shape[0] if shard is None else shard.total
     counted = _rows.row_mask(mask, shape, like.device)
-    rows = row_ids(ids, shape, counted, weight.shape[0], like.device)
+    rows = row_ids(ids, shape, counted, vocab, like.device)
     backend = _registry.resolve(OP.name, impl, like.device.type, like.dtype)
     t, params = row_temperature(temperature, shape, like)
-    call = Call(head, rows, None if counted is None else counted.contiguous(), params, t, backend)
+    counted = None if counted is None else counted.contiguous()
+    call = Call(head, rows, counted, params, t, backend, shard)
     logprob, entropy = _rows_of(call)
     return TokenLogprob(logprob.reshape(shape), entropy.reshape(shape))
 
@@ -85,16 +99,23 @@ class Call(NamedTuple):
     params: Tensor | None
     temperature: float
     backend: str
+    shard: parallel.Shard | None = None
 
 
 _TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? counted, Tensor ids, Tensor? params"
 _NUMBERS = "float scale, float softcap, float temperature"
 
 
-def _call(tensors: tuple[Any, ...], numbers: tuple[Any, ...], backend: str) -> Call:
+def _call(
+    tensors: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    backend: str,
+    shard: parallel.Shard | None = None,
+) -> Call:
     """The call that a kernel was given."""
     counted, ids, params = tensors[3:]
-    return Call(Head(*tensors[:3], *numbers[:2]), ids, counted, params, numbers[2], backend)
+    head = Head(*tensors[:3], *numbers[:2])
+    return Call(head, ids, counted, params, numbers[2], backend, shard)
 
 
 def _reference_rows(head: Head, call: Call) -> tuple[Tensor, Tensor]:
@@ -124,13 +145,19 @@ class _Rows:
     """`token_logprob` as a `linear.RowLoss`, over the rows of `index`."""
 
     def __init__(self, call: Call, index: Tensor | None, **tensors: Tensor) -> None:
-        self.temperature, self.backend = call.temperature, call.backend
+        self.temperature, self.backend, self.shard = call.temperature, call.backend, call.shard
         self.ids = linear.select(call.ids, index)
         self.params = linear.select_optional(call.params, index)
         self.tensors = tensors
 
     def forward(self, logits: Tensor, rows: slice) -> None:
         params = None if self.params is None else self.params[rows]
+        if self.shard is not None:
+            inputs = Inputs(logits, self.ids[rows], None, params)
+            found = token_forward(self.shard, inputs, self.temperature)
+            for name, value in zip(("logprob", "entropy", "saved"), found, strict=True):
+                self.tensors[name][rows] = value
+            return
         _registry.overload("token_logprob_fwd", self.backend)(
             logits, self.ids[rows], None, params, self.temperature,
             *(self.tensors[name][rows] for name in ("logprob", "entropy", "saved")),
@@ -139,7 +166,11 @@ class _Rows:
     def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
         params = None if self.params is None else self.params[rows]
         ids = self.ids[rows] - columns.start  # outside the tile, it is nobody's token
-        _registry.overload("token_logprob_bwd", self.backend)(
+        ids = ids if self.shard is None else ids - self.shard.offset
+        kernel = backward_reference
+        if self.backend != "reference":
+            kernel = _registry.overload("token_logprob_bwd", self.backend)
+        kernel(
             logits, ids, params,
             *(self.tensors[name][rows] for name in ("saved", "grad_logprob", "grad_entropy")),
             self.temperature, logits,
@@ -151,11 +182,11 @@ class _Rows:
 
 def _tiles(call: Call, index: Tensor | None) -> linear.Tiles:
     head = call.head._replace(hidden=linear.select(call.head.hidden, index))
-    return linear.Tiles(head, head.weight.shape[0])
+    return linear.Tiles(head, head.weight.shape[0], call.shard and call.shard.widest)
 
 
-def _forward_run(backend: str, *args: Any) -> None:
-    call, outputs = _call(args[:6], args[6:9], backend), args[9:]
+def _forward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, outputs = _call(args[:6], args[6:9], backend, shard), args[9:]
     with linear.plain(outputs[0]):
         index = linear.rows_where(call.counted)
         part = linear.Selected(index, *outputs)
@@ -165,8 +196,8 @@ def _forward_run(backend: str, *args: Any) -> None:
         part.put()
 
 
-def _backward_run(backend: str, *args: Any) -> None:
-    call, out = _call(args[:6], args[9:12], backend), linear.wanted(*args[12:])
+def _backward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, out = _call(args[:6], args[9:12], backend, shard), linear.wanted(*args[12:])
     with linear.plain(args[6]):
         index = linear.rows_where((args[7] != 0) | (args[8] != 0))
         part = linear.Selected(index, out.hidden)
@@ -198,9 +229,9 @@ _registry.composed_kernel(
 
 def _rows_of(call: Call) -> tuple[Tensor, ...]:
     """Log-probability and entropy `[R]`, differentiable."""
-    if call.backend == "reference":
+    if call.backend == "reference" and call.shard is None:
         return _reference_rows(call.head, call)
     return autograd.rows(
         call.head, call.counted, (call.ids, call.params), (*call.head[3:], call.temperature),
-        name=OP.name, outputs=2, saved=SAVED, backend=call.backend,
+        name=OP.name, outputs=2, saved=SAVED, backend=call.backend, shard=call.shard,
     )  # fmt: skip

@@ -23,11 +23,13 @@ from pydistill import _registry
 from pydistill.ops import _linear_autograd as autograd
 from pydistill.ops import _linear_head as linear
 from pydistill.ops import _rows
+from pydistill.ops import _vocab_parallel as parallel
 from pydistill.ops._topk_divergence_call import RowArguments, duplicate_ids, row_arguments
 from pydistill.ops._topk_teacher import TopkTeacher
+from pydistill.ops._vocab_parallel_topk_divergence import topk_backward, topk_forward
 from pydistill.reference.linear_head import Head
 from pydistill.reference.linear_topk_divergence import linear_topk_divergence_reference
-from pydistill.reference.topk_divergence import SAVED, STATUS, Options
+from pydistill.reference.topk_divergence import SAVED, STATUS, Inputs, Options
 
 OP = _registry.operator("linear_topk_divergence", {torch.float32})
 
@@ -53,6 +55,7 @@ def linear_topk_divergence(
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     gradient: str = "recompute",
+    group: Any = None,
     impl: str = "auto",
 ) -> Tensor:
     """Divergence of a head's distribution from a teacher known on K tokens a row, differentiable in
@@ -60,7 +63,7 @@ def linear_topk_divergence(
 
     Args:
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
-        gradient: as in `pydistill.linear_divergence`.
+        gradient, group: as in `pydistill.linear_divergence`.
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
         scale_t2, weight, mask, reduction, denominator, impl: as in `pydistill.topk_divergence`.
 
@@ -72,18 +75,26 @@ def linear_topk_divergence(
             the fix. Where values cannot be read for free (under compile, on a GPU) the offending
             row's loss is NaN instead.
     """
+    numbers = (student_logit_scale, student_softcap)
+    arguments = (
+        topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
+        scale_t2, weight, mask,
+    )  # fmt: skip
+    shard = parallel.find(
+        group, 0, (student_weight, student_bias),
+        (student_hidden, *numbers, *arguments, reduction, denominator, gradient, impl),
+    )  # fmt: skip
     head = linear.check_head(
         "student", student_hidden, student_weight, student_bias, student_logit_scale,
         student_softcap,
     )  # fmt: skip
     _rows.check_reduction(reduction, denominator)
     like, shape = linear.widest(head), tuple(student_hidden.shape[:-1])
+    parallel.check(shard, like)
+    vocab = student_weight.shape[0] if shard is None else shard.total
     backend = _registry.resolve(OP.name, impl, like.device.type, like.dtype)
-    rows = row_arguments(
-        topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
-        scale_t2, weight, mask, student_weight.shape[0], shape, like,
-    )  # fmt: skip
-    call = Call(head, rows, backend)
+    rows = row_arguments(*arguments, vocab, shape, like)
+    call = Call(head, rows, backend, shard)
     if autograd.in_forward(gradient, head, reduction, rows.weight, backend):
         scale = _rows.row_scale(
             like, rows.weight, rows.counted, reduction, denominator, rows=head.hidden.shape[0]
@@ -91,7 +102,7 @@ def linear_topk_divergence(
         _check_ids(rows.ids)
         return autograd.loss_with_gradients(
             head, rows.counted, call.tensors(), call.numbers(), scale, name=OP.name,
-            backend=backend,
+            backend=backend, shard=shard,
         )  # fmt: skip
     loss = _loss_rows(call)
     return _rows.reduce_rows(loss, rows.weight, rows.counted, reduction, denominator, shape)
@@ -103,6 +114,7 @@ class Call(NamedTuple):
     head: Head
     rows: RowArguments
     backend: str
+    shard: parallel.Shard | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.rows.ids, self.rows.log_p, self.rows.log_tail, self.rows.params)
@@ -122,11 +134,16 @@ _NUMBERS = (
 _GRADIENTS = "Tensor(a!) grad_hidden, Tensor(b!) grad_weight, Tensor(c!) grad_bias"
 
 
-def _call(tensors: tuple[Any, ...], numbers: tuple[Any, ...], backend: str) -> Call:
+def _call(
+    tensors: tuple[Any, ...],
+    numbers: tuple[Any, ...],
+    backend: str,
+    shard: parallel.Shard | None = None,
+) -> Call:
     """The call that a kernel was given."""
     counted, ids, log_p, log_tail, params = tensors[3:]
     rows = RowArguments(Options(*numbers[2:]), ids, log_p, log_tail, counted, params, None)
-    return Call(Head(*tensors[:3], *numbers[:2]), rows, backend)
+    return Call(Head(*tensors[:3], *numbers[:2]), rows, backend, shard)
 
 
 def _reference_rows(head: Head, rows: RowArguments) -> tuple[Tensor, Tensor]:
@@ -162,7 +179,7 @@ class _Rows:
     """`topk_divergence` as a `linear.RowLoss`, over the rows of `index`."""
 
     def __init__(self, call: Call, index: Tensor | None, **tensors: Tensor) -> None:
-        self.options, self.backend = call.rows.options, call.backend
+        self.options, self.backend, self.shard = call.rows.options, call.backend, call.shard
         self.ids, self.log_p = (linear.select(x, index) for x in (call.rows.ids, call.rows.log_p))
         self.log_tail = linear.select_optional(call.rows.log_tail, index)
         self.params = linear.select_optional(call.rows.params, index)
@@ -170,6 +187,11 @@ class _Rows:
 
     def forward(self, logits: Tensor, rows: slice) -> None:
         teacher, params = self._row_arguments(rows)
+        if self.shard is not None:
+            inputs = Inputs(logits, *teacher, None, params)
+            loss, saved = topk_forward(self.shard, inputs, self.options)
+            self.tensors["loss"][rows], self.tensors["saved"][rows] = loss, saved
+            return
         _registry.overload("topk_divergence_fwd", self.backend)(
             logits, *teacher, None, params, *self.options, self.tensors["loss"][rows],
             self.tensors["saved"][rows],
@@ -177,14 +199,22 @@ class _Rows:
 
     def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
         (ids, log_p, log_tail), params = self._row_arguments(rows)
+        ids = ids if self.shard is None else self.shard.local(ids)
         inside = (ids >= columns.start) & (ids < columns.stop)
         ids = torch.where(inside, ids - columns.start, -1)
+        if self.backend == "reference":
+            inputs = Inputs(logits, ids, log_p, log_tail, None, params)
+            saved, upstream = self.tensors["saved"][rows], self.tensors["upstream"][rows]
+            return topk_backward(inputs, self.options, saved, upstream, logits)
         _registry.overload("topk_divergence_bwd", self.backend)(
             logits, ids, log_p, log_tail, params, self.tensors["saved"][rows],
             self.tensors["upstream"][rows], *self.options, logits,
         )  # fmt: skip
 
     def overwrite(self, logits: Tensor, rows: slice) -> None:
+        if self.shard is not None:
+            self.forward(logits, rows)
+            return self.backward(logits, rows, slice(0, logits.shape[1]))
         teacher, params = self._row_arguments(rows)
         _registry.overload("topk_divergence_overwrite", self.backend)(
             logits, *teacher, None, params, self.tensors["upstream"][rows], *self.options,
@@ -201,11 +231,11 @@ class _Rows:
 
 def _tiles(call: Call, index: Tensor | None) -> linear.Tiles:
     head = call.head._replace(hidden=linear.select(call.head.hidden, index))
-    return linear.Tiles(head, head.weight.shape[0])
+    return linear.Tiles(head, head.weight.shape[0], call.shard and call.shard.widest)
 
 
-def _forward_run(backend: str, *args: Any) -> None:
-    call, (loss, saved) = _call(args[:8], args[8:15], backend), args[15:]
+def _forward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, (loss, saved) = _call(args[:8], args[8:15], backend, shard), args[15:]
     with linear.plain(loss):
         index = linear.rows_where(call.rows.counted)
         part = linear.Selected(index, loss, saved)
@@ -214,8 +244,8 @@ def _forward_run(backend: str, *args: Any) -> None:
         part.put()
 
 
-def _backward_run(backend: str, *args: Any) -> None:
-    call, out = _call(args[:8], args[10:17], backend), linear.wanted(*args[17:])
+def _backward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, out = _call(args[:8], args[10:17], backend, shard), linear.wanted(*args[17:])
     with linear.plain(args[8]):
         index = linear.rows_where(args[9] != 0)
         part = linear.Selected(index, out.hidden)
@@ -225,8 +255,8 @@ def _backward_run(backend: str, *args: Any) -> None:
         part.put()
 
 
-def _gradients_run(backend: str, *args: Any) -> None:
-    call, out = _call(args[:8], args[9:16], backend), linear.wanted(*args[17:])
+def _gradients_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
+    call, out = _call(args[:8], args[9:16], backend, shard), linear.wanted(*args[17:])
     with linear.plain(args[8]):
         index = linear.rows_where(call.rows.counted)
         part = linear.Selected(index, args[16], out.hidden)
@@ -266,11 +296,11 @@ _registry.composed_kernel(
 def _loss_rows(call: Call) -> Tensor:
     """Row losses `[R]`, differentiable; raises for an id that a row names twice."""
     _check_ids(call.rows.ids)
-    if call.backend == "reference":
+    if call.backend == "reference" and call.shard is None:
         return _reference_rows(call.head, call.rows)[0]
     return autograd.rows(
         call.head, call.rows.counted, call.tensors(), call.numbers(), name=OP.name, outputs=1,
-        saved=SAVED, backend=call.backend,
+        saved=SAVED, backend=call.backend, shard=call.shard,
     )[0]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from pydistill import _registry
 from pydistill.ops import _memory, _rows
 from pydistill.ops import _vocab_parallel as parallel
+from pydistill.ops._vocab_parallel_token_logprob import token_forward
 from pydistill.reference.token_logprob import (
     DEPTH,
     ID_OUT_OF_RANGE,
@@ -85,6 +86,7 @@ def token_logprob(
             or temperature is out of range is NaN instead.
     """
     shard = parallel.find(group, -1, (logits,), (ids, temperature, mask, impl))
+    parallel.check(shard, logits)
     call = _prepare(logits, ids, temperature, mask, impl, shard)
     return call.shaped(*_rows_of(call))
 
@@ -203,7 +205,8 @@ def _forward_out(*args: Any) -> None:
     saved[:, STATUS] = torch.where(wrong, ID_OUT_OF_RANGE, SOUND)
 
 
-def _backward_out(*args: Any) -> None:
+def backward_reference(*args: Any) -> None:
+    """Of whole rows, or of some of their columns."""
     logits, ids, params, saved, grad_logprob, grad_entropy, temperature, grad = args
     dtype = torch.promote_types(logits.dtype, torch.float32)
     vocab = logits.shape[1]
@@ -233,7 +236,7 @@ _registry.kernel(
     "token_logprob_bwd",
     "(Tensor logits, Tensor ids, Tensor? params, Tensor saved, Tensor grad_logprob,"
     " Tensor grad_entropy, float temperature, Tensor(a!) grad) -> ()",
-    _backward_out,
+    backward_reference,
 )
 
 
@@ -262,10 +265,18 @@ def _rows_of(call: _Call) -> tuple[Tensor, Tensor]:
 
 def _parallel_op(call: _Call, shard: parallel.Shard) -> parallel.Op:
     def forward(*tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return parallel.token_forward(shard, Inputs(*tensors), call.temperature)
+        return token_forward(shard, Inputs(*tensors), call.temperature)
 
-    def backward(logits: Tensor, ids: Tensor, *rest: Any) -> Tensor:
-        return _gradient(logits, ids - shard.offset, *rest, call.temperature, call.backend)
+    def backward(logits: Tensor, ids: Tensor, counted: Tensor | None, *rest: Any) -> Tensor:
+        ids = ids - shard.offset  # outside the shard, it is nobody's token
+        if call.backend != "reference":
+            return _gradient(logits, ids, counted, *rest, call.temperature, call.backend)
+        params, saved, *ups = rest
+        if counted is not None:
+            ups = [torch.where(counted, up, 0) for up in ups]
+        grad = torch.empty_like(logits)
+        backward_reference(logits, ids, params, saved, *ups, call.temperature, grad)
+        return grad
 
     return parallel.Op(forward, backward)
 

@@ -31,6 +31,11 @@ from pydistill.ops import _memory, _rows
 from pydistill.ops import _vocab_parallel as parallel
 from pydistill.ops._topk_divergence_call import OP, Call, duplicate_ids, prepare
 from pydistill.ops._topk_teacher import TopkTeacher
+from pydistill.ops._vocab_parallel_topk_divergence import (
+    support_status,
+    topk_backward,
+    topk_forward,
+)
 from pydistill.reference.topk_divergence import (
     ID_TWICE,
     SAVED,
@@ -102,7 +107,7 @@ def topk_divergence(
         scale_t2, weight, mask, reduction, denominator, impl,
     )  # fmt: skip
     shard = parallel.find(group, -1, (student_logits,), (*arguments, overwrite_logits))
-    parallel.refuse_overwrite(shard, overwrite_logits)
+    parallel.check(shard, student_logits, overwrite_logits)
     call = prepare(student_logits, *arguments, shard)
     if overwrite_logits and torch.is_grad_enabled() and student_logits.requires_grad:
         return _overwrite(call, student_logits)
@@ -208,7 +213,7 @@ def _loss_rows(call: Call) -> Tensor:
     inputs, options = call.inputs, call.options
     if call.shard is not None:
         op = _parallel_op(call, call.shard)
-        _check_status(inputs, parallel.support_status(inputs.ids, call.shard.total))
+        _check_status(inputs, support_status(inputs.ids, call.shard.total))
         return parallel.rows(op, *inputs)[0]
     if call.backend == "reference":
         loss, status = topk_divergence_reference(inputs, options)
@@ -233,7 +238,7 @@ def _parallel_op(call: Call, shard: parallel.Shard) -> parallel.Op:
     options, backend = call.options, call.backend
 
     def forward(*tensors: Any) -> tuple[Tensor, Tensor]:
-        return parallel.topk_forward(shard, Inputs(*tensors), options)
+        return topk_forward(shard, Inputs(*tensors), options)
 
     def backward(*tensors: Any) -> Tensor:
         inputs, saved, grad_rows = Inputs(*tensors[:6]), *tensors[6:]
@@ -243,7 +248,7 @@ def _parallel_op(call: Call, shard: parallel.Shard) -> parallel.Op:
         grad = torch.empty_like(inputs.student)
         if inputs.counted is not None:
             grad_rows = torch.where(inputs.counted, grad_rows, 0)
-        parallel.topk_backward(shard, inputs, options, saved, grad_rows, grad)
+        topk_backward(inputs, options, saved, grad_rows, grad)
         return grad
 
     return parallel.Op(forward, backward)
