@@ -198,12 +198,12 @@ def _topk_divergence_forward(
         if log_tail is not None:
             log_p_t = tl.where(tokens < vocab, tl.load(log_tail + row).to(tl.float64), -INF)
     TRUNCATE: tl.constexpr = MODE == TRUNCATED
-    value, q_t, q_h, h_t, infinite = _cell(log_p_t, log_q_t, beta, KIND, TRUNCATE)
+    value, q_t, q_h_t, h_t, infinite = _cell(log_p_t, log_q_t, beta, KIND, TRUNCATE)
     # c is summed about h of a cell that has half of the mass or more.
     log_q_top = (k.to(tl.float64)) * (top.to(tl.float64) - max_s) - log_q_scale
     _, q_top, _, h_top, _ = _cell(top_log_p, log_q_top, beta, KIND, TRUNCATE)
     about = tl.where(q_top >= 0.5, h_top, tl.where(q_t >= 0.5, h_t, 0.0))
-    rest = q_h - q_t * about
+    rest = q_h_t - q_t * about
     if TRUNCATE:
         rest = -tl.exp(log_outside - log_z) * about
     undefined = log_p_t != log_p_t
@@ -211,7 +211,7 @@ def _topk_divergence_forward(
         token, present, log_p_here = _support(ids, log_p, slots, vocab, begin, SLOTS)
         s = load_fp32(row_s + token, present).to(tl.float64)
         log_q = k.to(tl.float64) * (s - max_s) - log_q_scale
-        term, q, q_h, _, without = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
+        term, q, q_h, h, without = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
         value += tl.sum(term, 0)
         rest += tl.sum(q_h - q * about, 0)
         infinite = infinite | (tl.max(without.to(tl.int32), 0) > 0)
@@ -257,8 +257,8 @@ def _support_gradient(
     base = saved + row * SAVED
     high = tl.load(base + 3)
     if (high == high) & (tl.load(upstreams + row) != 0.0):
-        k, beta, soft = _slope(row_params, upstreams, row, temperature, beta, SCALE_T2)
-        k, beta = k.to(tl.float64), beta.to(tl.float64)
+        k, own_beta, soft = _slope(row_params, upstreams, row, temperature, beta, SCALE_T2)
+        k, own_beta = k.to(tl.float64), own_beta.to(tl.float64)
         max_s, log_q_scale = tl.load(base).to(tl.float64), tl.load(base + 2).to(tl.float64)
         centre = high.to(tl.float64) + tl.load(base + 4).to(tl.float64)
         row_s, ids, log_p = student + row * student_stride, ids + row * slots, log_p + row * slots
@@ -266,7 +266,7 @@ def _support_gradient(
             token, present, log_p_here = _support(ids, log_p, slots, columns, begin, SLOTS)
             s = load_fp32(row_s + token, present).to(tl.float64)
             log_q = k * (s - max_s) - log_q_scale
-            _, q, q_h, _, _ = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
+            term, q, q_h, h, infinite = _cell(log_p_here, log_q, own_beta, KIND, TRUNCATE)
             gradient = soft * (q_h - q * centre).to(tl.float32)
             slot = begin + tl.arange(0, SLOTS)
             tl.store(values + row * slots + slot, gradient, mask=present)
@@ -292,7 +292,7 @@ def _outside_gradient(
             value = tl.full((BLOCK,), 0.0, tl.float32) + constant
             tl.store(row_g + at, value.to(grad.dtype.element_ty), mask=at < columns)
     else:
-        k, beta, soft = _slope(row_params, upstreams, row, temperature, beta, SCALE_T2)
+        k, own_beta, soft = _slope(row_params, upstreams, row, temperature, beta, SCALE_T2)
         max_s, factor = tl.load(base), soft * off * tl.exp(-tl.load(base + 1))
         for start in range(0, columns, BLOCK):
             at = start + lanes
