@@ -7,12 +7,12 @@ all others.
 Shapes: student [R, V], ids int64 [R, K], log_p fp32 [R, K], log_tail fp32 [R], loss [R],
 saved [R, 7], gradient [R, V]. fp32, bf16 or fp16 logits.
 
-Forward reads a row once, in blocks, and sums the exponentials outside the support about their own
-maximum; the support's follow from a gather of K logits, so that neither side drowns the other. To
-leave the support out, the launcher sorts the ids: a block then meets its own in turn, and strikes
-each out by one comparison. That is K comparisons of a block in all, however the ids lie. What is
-summed over cells is summed in fp64, K numbers a row: the slopes on a peaked row are small
-differences, and forward and backward must agree on them far below fp32's last digit.
+Forward is two kernels, a program a row each. The first reads the row once, in blocks, and sums the
+exponentials outside the support about their own maximum; the second gathers the support's K logits
+and sums over cells. So neither side of the support drowns the other. To leave the support out, the
+launcher sorts the ids: a block then meets its own in turn, and strikes each out by one comparison,
+K of them a row however the ids lie. Cells are K + 1 numbers a row, in fp64: the slopes on a peaked
+row are small differences, and forward and backward must agree on them far below fp32's last digit.
 
 Backward reads a row once and writes it once: a first kernel reads the support's logits and makes
 its gradients, a second sweeps the row, a third puts the support's gradients in their places.
@@ -91,12 +91,21 @@ def _support(ids, log_p, slots, vocab, begin, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _outside_sweep(row_s, ordered, slots, vocab, k, LANES: tl.constexpr, BLOCK: tl.constexpr):
-    """One pass over the row: maximum and sum of exponentials outside the support; how many tokens
-    the support has; and its status.
+def _outside_sums(
+    student, ordered, counted, row_params, saved, student_stride, vocab, slots, temperature,
+    LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One pass over a row: maximum and sum of exponentials outside the support, and the status.
 
     `ordered` are the row's ids in order, then `vocab` for each that is too large, then EMPTY.
     """
+    row = tl.program_id(0).to(tl.int64)
+    if counted is not None:
+        if tl.load(counted + row) == 0:
+            return
+    temperature, _ = _parameters(row_params, row, temperature, 0.0)
+    k = tl.div_rn(1.0, temperature)
+    row_s, ordered = student + row * student_stride, ordered + row * slots
     lanes = tl.arange(0, BLOCK)
     top = tl.full((), -INF, tl.float32)
     z = tl.zeros((LANES,), tl.float32)
@@ -118,12 +127,17 @@ def _outside_sweep(row_s, ordered, slots, vocab, k, LANES: tl.constexpr, BLOCK: 
         z = z * tl.exp(k * (top - shift)) + partial_sums(tl.exp(k * (s - shift)), LANES)
         top = new_top
     status = tl.where(token == vocab, ID_OUT_OF_RANGE, tl.where(twice, ID_TWICE, 0))
-    return top, tl.sum(z, 0), position, status
+    base = saved + row * SAVED
+    tl.store(base, top)
+    tl.store(base + 1, tl.sum(z, 0))
+    tl.store(base + 6, status.to(tl.float32))
 
 
 @triton.jit
 def _support_sums(row_s, ids, log_p, slots, vocab, k, SLOTS: tl.constexpr):
-    """Maximum and sum of exponentials on the support, and log p of its likeliest token."""
+    """Maximum and sum of exponentials on the support, log p of its likeliest token, and how many
+    tokens it has."""
+    tokens = tl.full((), 0, tl.int32)
     top = tl.full((), -INF, tl.float32)
     top_log_p, z = tl.full((), -INF, tl.float64), tl.full((), 0.0, tl.float64)
     for begin in range(0, slots, SLOTS):
@@ -137,7 +151,8 @@ def _support_sums(row_s, ids, log_p, slots, vocab, k, SLOTS: tl.constexpr):
         e = tl.where(present, tl.exp(k * (s - shift)), 0.0)
         z = z * tl.exp(k * (top - shift)) + tl.sum(e.to(tl.float64), 0)
         top = new_top
-    return top, z, top_log_p
+        tokens += tl.sum(present.to(tl.int32), 0)
+    return top, z, top_log_p, tokens
 
 
 @triton.jit
@@ -154,11 +169,11 @@ def _store_saved(saved, row, max_s, log_z, log_q_scale, centre, centre_low, off,
 
 @triton.jit
 def _topk_divergence_forward(
-    student, ids, ordered, log_p, log_tail, counted, row_params, loss, saved, student_stride, vocab,
-    slots, temperature, beta, KIND: tl.constexpr, MODE: tl.constexpr, SCALE_T2: tl.constexpr,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    student, ids, log_p, log_tail, counted, row_params, loss, saved, student_stride, vocab, slots,
+    temperature, beta, KIND: tl.constexpr, MODE: tl.constexpr, SCALE_T2: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One row: its loss and saved values."""
+    """One row's loss and saved values, from its support and what `_outside_sums` left in `saved`."""
     row = tl.program_id(0).to(tl.int64)
     nan = float("nan")
     if counted is not None:
@@ -174,10 +189,9 @@ def _topk_divergence_forward(
     k = tl.div_rn(1.0, temperature)
     beta = beta.to(tl.float64)
 
-    tail_top, tail_z, tokens, status = _outside_sweep(
-        row_s, ordered + row * slots, slots, vocab, k, LANES, BLOCK
-    )
-    top, z, top_log_p = _support_sums(row_s, ids, log_p, slots, vocab, k, SLOTS)
+    base = saved + row * SAVED
+    tail_top, tail_z, status = tl.load(base), tl.load(base + 1), tl.load(base + 6)
+    top, z, top_log_p, tokens = _support_sums(row_s, ids, log_p, slots, vocab, k, SLOTS)
     max_s = tl.maximum(top, tail_top)
     log_support = tl.log(z) + (k * (top - max_s)).to(tl.float64)
     log_outside = tl.log(tail_z.to(tl.float64)) + (k * (tail_top - max_s)).to(tl.float64)
@@ -200,7 +214,7 @@ def _topk_divergence_forward(
     TRUNCATE: tl.constexpr = MODE == TRUNCATED
     value, q_t, q_h_t, h_t, infinite = _cell(log_p_t, log_q_t, beta, KIND, TRUNCATE)
     # c is summed about h of a cell that has half of the mass or more.
-    log_q_top = (k.to(tl.float64)) * (top.to(tl.float64) - max_s) - log_q_scale
+    log_q_top = k.to(tl.float64) * (top.to(tl.float64) - max_s) - log_q_scale
     _, q_top, _, h_top, _ = _cell(top_log_p, log_q_top, beta, KIND, TRUNCATE)
     about = tl.where(q_top >= 0.5, h_top, tl.where(q_t >= 0.5, h_t, 0.0))
     rest = q_h_t - q_t * about
@@ -231,7 +245,7 @@ def _topk_divergence_forward(
     _store_saved(
         saved, row, tl.where(sound, max_s, nan), tl.where(sound, log_z.to(tl.float32), nan),
         tl.where(sound, scale, nan), high, (centre - high).to(tl.float32), off.to(tl.float32),
-        status.to(tl.float32),
+        status,
     )  # fmt: skip
     row_loss = value.to(tl.float32)
     tl.store(loss + row, row_loss * temperature * temperature if SCALE_T2 else row_loss)
@@ -329,14 +343,18 @@ def topk_divergence_fwd(
         return
     block, elements = _shape(vocab, student)
     slots, options = _slots(ids)
+    if counted is not None:
+        counted = counted.view(torch.uint8)
     with on_device(student):
         ordered = torch.where(ids < 0, EMPTY.value, ids.clamp(max=vocab)).int().sort(-1).values
+        _outside_sums[(rows,)](
+            student, ordered, counted, params, saved, student.stride(0), vocab, ids.shape[1],
+            temperature, LANES=block // elements, BLOCK=block, **compiler_options(block, elements),
+        )  # fmt: skip
         _topk_divergence_forward[(rows,)](
-            student, ids, ordered, log_p, log_tail,
-            None if counted is None else counted.view(torch.uint8), params, loss, saved,
-            student.stride(0), vocab, ids.shape[1], temperature, beta, KIND=kind, MODE=tail_mode,
-            SCALE_T2=scale_t2, LANES=block // elements, BLOCK=block, SLOTS=slots,
-            **compiler_options(block, elements),
+            student, ids, log_p, log_tail, counted, params, loss, saved, student.stride(0), vocab,
+            ids.shape[1], temperature, beta, KIND=kind, MODE=tail_mode, SCALE_T2=scale_t2,
+            SLOTS=slots, **options,
         )  # fmt: skip
 
 

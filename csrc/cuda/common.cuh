@@ -120,7 +120,10 @@ __device__ __forceinline__ void store_tile(T* row, Index start, Index n, bool wi
 }
 
 struct Sum {
-  __device__ __forceinline__ float operator()(float a, float b) const { return a + b; }
+  template <class T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
 };
 
 struct Max {
@@ -170,6 +173,10 @@ struct MergeSoftmax {
 __device__ __forceinline__ float logsumexp(Softmax state) { return state.max + logf(state.sum); }
 
 __device__ __forceinline__ float shuffle_xor(float x, int lane_mask) {
+  return __shfl_xor_sync(kFullMask, x, lane_mask);
+}
+
+__device__ __forceinline__ double shuffle_xor(double x, int lane_mask) {
   return __shfl_xor_sync(kFullMask, x, lane_mask);
 }
 
