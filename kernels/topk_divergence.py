@@ -1,4 +1,4 @@
-"""Triton kernels of `topk_divergence`: row losses and what backward needs, gradients, both in place.
+"""Triton kernels of `topk_divergence`: row losses and what backward needs; gradients; both in place.
 
 The maths is docs/ops/topk_divergence.md. A row of student logits is compared with a teacher known
 on the K tokens of `ids`, in cells: one a token of this support and, where the tail counts, one for
@@ -27,7 +27,9 @@ from pydistill.kernels._common.divergences import FORWARD_KL, JSD, REVERSE_KL, T
 from pydistill.kernels._common.launch import compiler_options, on_device
 from pydistill.kernels._common.numerics import FAR, INF, load_fp32, partial_sums
 
-SAVED = tl.constexpr(7)  # max s, log Z, log of q's scale on the support, c, its rest, h_t - c, status
+SAVED = tl.constexpr(
+    7
+)  # max s, log Z, log of q's scale on the support, c, its rest, h_t - c, status
 # The numbers of `pydistill.reference.topk_divergence`.
 WITH_TAIL, SUPPORT_ONLY, TRUNCATED = map(tl.constexpr, range(3))
 ID_OUT_OF_RANGE, ID_TWICE = tl.constexpr(1), tl.constexpr(2)
@@ -173,7 +175,7 @@ def _topk_divergence_forward(
     temperature, beta, KIND: tl.constexpr, MODE: tl.constexpr, SCALE_T2: tl.constexpr,
     SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One row's loss and saved values, from its support and what `_outside_sums` left in `saved`."""
+    """One row's loss and saved values, from its support and what `_outside_sums` left there."""
     row = tl.program_id(0).to(tl.int64)
     nan = float("nan")
     if counted is not None:
@@ -225,7 +227,7 @@ def _topk_divergence_forward(
         token, present, log_p_here = _support(ids, log_p, slots, vocab, begin, SLOTS)
         s = load_fp32(row_s + token, present).to(tl.float64)
         log_q = k.to(tl.float64) * (s - max_s) - log_q_scale
-        term, q, q_h, h, without = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
+        term, q, q_h, _h, without = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
         value += tl.sum(term, 0)
         rest += tl.sum(q_h - q * about, 0)
         infinite = infinite | (tl.max(without.to(tl.int32), 0) > 0)
@@ -280,7 +282,7 @@ def _support_gradient(
             token, present, log_p_here = _support(ids, log_p, slots, columns, begin, SLOTS)
             s = load_fp32(row_s + token, present).to(tl.float64)
             log_q = k * (s - max_s) - log_q_scale
-            term, q, q_h, h, infinite = _cell(log_p_here, log_q, own_beta, KIND, TRUNCATE)
+            _term, q, q_h, _h, _infinite = _cell(log_p_here, log_q, own_beta, KIND, TRUNCATE)
             gradient = soft * (q_h - q * centre).to(tl.float32)
             slot = begin + tl.arange(0, SLOTS)
             tl.store(values + row * slots + slot, gradient, mask=present)
@@ -306,7 +308,7 @@ def _outside_gradient(
             value = tl.full((BLOCK,), 0.0, tl.float32) + constant
             tl.store(row_g + at, value.to(grad.dtype.element_ty), mask=at < columns)
     else:
-        k, own_beta, soft = _slope(row_params, upstreams, row, temperature, beta, SCALE_T2)
+        k, _own_beta, soft = _slope(row_params, upstreams, row, temperature, beta, SCALE_T2)
         max_s, factor = tl.load(base), soft * off * tl.exp(-tl.load(base + 1))
         for start in range(0, columns, BLOCK):
             at = start + lanes
@@ -396,7 +398,10 @@ def topk_divergence_overwrite(
     beta: float, scale_t2: bool, loss: Tensor, saved: Tensor,
 ) -> None:  # fmt: skip
     """Writes `loss`, `saved`, and over `student` the gradient of sum(scale_rows * loss)."""
-    inputs, options = (student, ids, log_p, log_tail), (kind, tail_mode, temperature, beta, scale_t2)
+    inputs, options = (
+        (student, ids, log_p, log_tail),
+        (kind, tail_mode, temperature, beta, scale_t2),
+    )
     topk_divergence_fwd(*inputs, counted, params, *options, loss, saved)
     topk_divergence_bwd(*inputs, params, saved, scale_rows, *options, student)
 

@@ -30,7 +30,10 @@ constexpr int kBlock = 256;
 constexpr int kCellBlock = 64;  // of the kernel that reads the support alone
 constexpr int kTile = 8;
 constexpr int kWarps = kBlock / kWarp;
-constexpr int kWords = 5120;  // of the map: 20 KB, and 163,840 tokens
+#ifndef PYD_TOPK_WORDS
+#define PYD_TOPK_WORDS 5120
+#endif
+constexpr int kWords = PYD_TOPK_WORDS;  // of the map: 20 KB, and 163,840 tokens; fewer in tests
 constexpr int kStretch = 32 * kWords;
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.69314718055994530942;

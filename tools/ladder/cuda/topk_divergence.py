@@ -48,9 +48,7 @@ class Simulator:
     def topk_divergence_overwrite(self, *args: Any) -> None:
         inputs, scale_rows, options, (loss, saved) = args[:6], args[6], args[7:12], args[12:]
         self._call("forward", inputs, options, loss=loss, saved=saved)
-        self._call(
-            "backward", inputs, options, saved=saved, grad_rows=scale_rows, grad=inputs[0]
-        )
+        self._call("backward", inputs, options, saved=saved, grad_rows=scale_rows, grad=inputs[0])
 
     def _call(
         self,

@@ -8,6 +8,7 @@ two is all but nothing beside the other.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,7 +51,9 @@ def rows() -> Inputs:
     log_p = torch.log_softmax(t.double(), 1)
     ids[2:5, 5:9] = -1
     log_tail = torch.logsumexp(log_p.scatter(1, ids.clamp(min=0), -torch.inf), 1)
-    log_p = torch.where(ids >= 0, log_p.gather(1, ids.clamp(min=0)), torch.nan)  # unread where empty
+    log_p = torch.where(
+        ids >= 0, log_p.gather(1, ids.clamp(min=0)), torch.nan
+    )  # unread where empty
     return Inputs(s, ids, log_p.float(), log_tail.float(), COUNTED, None)
 
 
@@ -196,7 +199,7 @@ def check_tiles(ops: Any, bounds: tuple[int, ...] = (0, 170, 171, 431, VOCAB)) -
         options = options_of(kind, tail, temperature=0.8)
         _, saved, whole = run(ops, inputs, options, UPSTREAM)
         tiles = torch.full_like(whole, math.nan)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             there = (inputs.ids >= begin) & (inputs.ids < end)
             shifted = torch.where(there, inputs.ids - begin, -1)
             ops.topk_divergence_bwd(

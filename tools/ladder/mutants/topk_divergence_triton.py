@@ -31,7 +31,9 @@ FORWARD = [
     Mutant("tl.where(q_t >= 0.5, h_t, 0.0)", "0.0"),
     Mutant("rest = q_h_t - q_t * about", "rest = q_h_t"),
     Mutant("rest = -tl.exp(log_outside - log_z) * about", "rest = 0.0 * about"),
-    Mutant("tl.where(tokens < vocab, tl.load(log_tail", "tl.where(tokens <= vocab, tl.load(log_tail"),
+    Mutant(
+        "tl.where(tokens < vocab, tl.load(log_tail", "tl.where(tokens <= vocab, tl.load(log_tail"
+    ),
     Mutant("undefined = undefined | (", "undefined = undefined & ("),
     Mutant("infinite = infinite | (", "infinite = infinite & ("),
     Mutant("scale = log_support.to(tl.float32)", "scale = log_z.to(tl.float32)"),
@@ -70,7 +72,10 @@ BACKWARD = [
         "if (centre == centre) & (tl.load(upstreams + row) != 0.0):",
         "if centre == centre:",
     ),
-    Mutant("slot = begin + tl.arange(0, SLOTS)\n            token", "slot = tl.arange(0, SLOTS)\n            token"),
+    Mutant(
+        "slot = begin + tl.arange(0, SLOTS)\n            token",
+        "slot = tl.arange(0, SLOTS)\n            token",
+    ),
 ]
 PARTS = {"forward": FORWARD, "cells": CELLS, "backward": BACKWARD}
 
