@@ -1,4 +1,4 @@
-"""Triton kernels of `topk_divergence`: row losses and what backward needs; gradients; both in place.
+"""Triton kernels of `topk_divergence`: row losses and saved values, gradients, both in place.
 
 The maths is docs/ops/topk_divergence.md. A row of student logits is compared with a teacher known
 on the K tokens of `ids`, in cells: one a token of this support and, where the tail counts, one for
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pydistill.kernels._common.divergences import FORWARD_KL, JSD, REVERSE_KL, TVD
 from pydistill.kernels._common.launch import compiler_options, on_device
-from pydistill.kernels._common.numerics import FAR, INF, load_fp32, partial_sums
+from pydistill.kernels._common.numerics import INF, load_fp32, partial_sums
 
 SAVED = tl.constexpr(
     7
@@ -52,44 +52,51 @@ def _parameters(row_params, row, temperature, beta):
 
 @triton.jit
 def _cell(log_p, log_q, beta, KIND: tl.constexpr, TRUNCATE: tl.constexpr):
-    """A cell's term of D, q, q h, h, and whether it makes D infinite; fp64 in and out."""
+    """A cell's term of D, q, q h and h; fp64 in and out. The term is inf where D is, and NaN where
+    log p or log q is."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     d = tl.where((log_p == -INF) & (log_q == -INF), 0.0, log_p - log_q)
-    d = tl.minimum(tl.maximum(d, -FAR), FAR)
-    infinite = d != d
     if KIND == FORWARD_KL:
-        h, q_h = 1.0 - tl.exp(d), q - p
-        term = p * d + q_h
-        infinite = (log_q == -INF) & (p > 0.0)
+        h, q_h, term = 1.0 - tl.exp(d), q - p, tl.where(p == 0.0, 0.0, p * d)
         if TRUNCATE:
-            h, q_h, term = h - 1.0, -p, p * d
+            h, q_h = -tl.exp(d), -p
+        else:
+            term += q_h
     elif KIND == REVERSE_KL:
-        h, q_h = -d, -q * d
-        term = q_h - (q - p)
-        infinite = (log_p == -INF) & (q > 0.0)
+        h, q_h = -d, tl.where(q == 0.0, 0.0, -q * d)
+        term = q_h
         if TRUNCATE:
-            h, q_h, term = 1.0 - d, q + q_h, q_h
+            h, q_h = 1.0 - d, q + q_h
+        else:
+            term -= q - p
     elif KIND == JSD:
         log_m = tl.log(beta * p + (1.0 - beta) * q)
-        to_p, to_q = tl.where(p > 0.0, log_p - log_m, 0.0), tl.where(q > 0.0, log_q - log_m, 0.0)
         h = -(1.0 - beta) * tl.log(1.0 - beta + beta * tl.exp(tl.minimum(d, 700.0)))
-        q_h = (1.0 - beta) * q * to_q
-        term = beta * p * to_p + q_h
+        q_h = tl.where(q == 0.0, 0.0, (1.0 - beta) * q * (log_q - log_m))
+        term = tl.where(p == 0.0, 0.0, beta * p * (log_p - log_m)) + q_h
     else:
         tl.static_assert(KIND == TVD)
         h = tl.where(d > 0.0, -0.5, tl.where(d < 0.0, 0.5, 0.0))
         q_h = q * h
         term = 0.5 * tl.abs(p - q)
-    return term, q, q_h, h, infinite
+    return term, q, q_h, h
 
 
 @triton.jit
-def _support(ids, log_p, slots, vocab, begin, SLOTS: tl.constexpr):
-    """Ids of a few slots, which of them name a token, and the teacher's log-probabilities there."""
+def _support(ids, slots, vocab, begin, SLOTS: tl.constexpr):
+    """Ids of a few slots, and which of them name a token."""
     slot = begin + tl.arange(0, SLOTS)
     token = tl.load(ids + slot, mask=slot < slots, other=-1)
-    present = (token >= 0) & (token < vocab)
-    return token, present, load_fp32(log_p + slot, present).to(tl.float64)
+    return token, (token >= 0) & (token < vocab)
+
+
+@triton.jit
+def _on_support(row_s, log_p, token, present, begin, k, max_s, log_q_scale, SLOTS: tl.constexpr):
+    """log p and log q of a few slots."""
+    slot = begin + tl.arange(0, SLOTS)
+    log_p = load_fp32(log_p + slot, present).to(tl.float64)
+    s = load_fp32(row_s + token, present).to(tl.float64)
+    return log_p, k * (s - max_s) - log_q_scale
 
 
 @triton.jit
@@ -136,25 +143,20 @@ def _outside_sums(
 
 
 @triton.jit
-def _support_sums(row_s, ids, log_p, slots, vocab, k, SLOTS: tl.constexpr):
-    """Maximum and sum of exponentials on the support, log p of its likeliest token, and how many
-    tokens it has."""
+def _support_sums(row_s, ids, slots, vocab, k, SLOTS: tl.constexpr):
+    """Maximum and sum of exponentials on the support, and how many tokens it has."""
     tokens = tl.full((), 0, tl.int32)
-    top = tl.full((), -INF, tl.float32)
-    top_log_p, z = tl.full((), -INF, tl.float64), tl.full((), 0.0, tl.float64)
+    top, z = tl.full((), -INF, tl.float32), tl.full((), 0.0, tl.float64)
     for begin in range(0, slots, SLOTS):
-        token, present, log_p_here = _support(ids, log_p, slots, vocab, begin, SLOTS)
+        token, present = _support(ids, slots, vocab, begin, SLOTS)
         s = load_fp32(row_s + token, present)
-        most = tl.max(s, 0)
-        its_log_p = tl.max(tl.where(s == most, log_p_here, -INF), 0)
-        top_log_p = tl.where(most > top, its_log_p, top_log_p)
-        new_top = tl.maximum(top, most)
+        new_top = tl.maximum(top, tl.max(s, 0))
         shift = tl.where(new_top == -INF, 0.0, new_top)
         e = tl.where(present, tl.exp(k * (s - shift)), 0.0)
         z = z * tl.exp(k * (top - shift)) + tl.sum(e.to(tl.float64), 0)
         top = new_top
         tokens += tl.sum(present.to(tl.int32), 0)
-    return top, z, top_log_p, tokens
+    return top, z, tokens
 
 
 @triton.jit
@@ -193,7 +195,7 @@ def _topk_divergence_forward(
 
     base = saved + row * SAVED
     tail_top, tail_z, status = tl.load(base), tl.load(base + 1), tl.load(base + 6)
-    top, z, top_log_p, tokens = _support_sums(row_s, ids, log_p, slots, vocab, k, SLOTS)
+    top, z, tokens = _support_sums(row_s, ids, slots, vocab, k, SLOTS)
     max_s = tl.maximum(top, tail_top)
     log_support = tl.log(z) + (k * (top - max_s)).to(tl.float64)
     log_outside = tl.log(tail_z.to(tl.float64)) + (k * (tail_top - max_s)).to(tl.float64)
@@ -205,7 +207,6 @@ def _topk_divergence_forward(
     if MODE == SUPPORT_ONLY:
         valid = valid & (log_support > -INF)
         scale = log_support.to(tl.float32)
-    log_q_scale = scale.to(tl.float64)
 
     # The tail's cell; with S the whole vocabulary there is none.
     log_q_t, log_p_t = tl.full((), -INF, tl.float64), tl.full((), -INF, tl.float64)
@@ -214,35 +215,25 @@ def _topk_divergence_forward(
         if log_tail is not None:
             log_p_t = tl.where(tokens < vocab, tl.load(log_tail + row).to(tl.float64), -INF)
     TRUNCATE: tl.constexpr = MODE == TRUNCATED
-    value, q_t, q_h_t, h_t, infinite = _cell(log_p_t, log_q_t, beta, KIND, TRUNCATE)
-    # c is summed about h of a cell that has half of the mass or more.
-    log_q_top = k.to(tl.float64) * (top.to(tl.float64) - max_s) - log_q_scale
-    _, q_top, _, h_top, _ = _cell(top_log_p, log_q_top, beta, KIND, TRUNCATE)
-    about = tl.where(q_top >= 0.5, h_top, tl.where(q_t >= 0.5, h_t, 0.0))
-    rest = q_h_t - q_t * about
-    if TRUNCATE:
-        rest = -tl.exp(log_outside - log_z) * about
-    undefined = log_p_t != log_p_t
+    value, _q_t, centre, h_t = _cell(log_p_t, log_q_t, beta, KIND, TRUNCATE)
+    wide_k, log_q_scale = k.to(tl.float64), scale.to(tl.float64)  # as backward will read it
     for begin in range(0, slots, SLOTS):
-        token, present, log_p_here = _support(ids, log_p, slots, vocab, begin, SLOTS)
-        s = load_fp32(row_s + token, present).to(tl.float64)
-        log_q = k.to(tl.float64) * (s - max_s) - log_q_scale
-        term, q, q_h, _h, without = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
+        token, present = _support(ids, slots, vocab, begin, SLOTS)
+        log_p_here, log_q = _on_support(
+            row_s, log_p, token, present, begin, wide_k, max_s, log_q_scale, SLOTS
+        )
+        term, _q, q_h, _h = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
         value += tl.sum(term, 0)
-        rest += tl.sum(q_h - q * about, 0)
-        infinite = infinite | (tl.max(without.to(tl.int32), 0) > 0)
-        undefined = undefined | (tl.max((log_p_here != log_p_here).to(tl.int32), 0) > 0)
-    centre = about + rest
+        centre += tl.sum(q_h, 0)
+    sound = valid & (value == value)
+    value = tl.where(sound, value, nan)
+    centre = tl.where(sound & (value < INF), centre, nan)
     off = -centre
     if MODE == SUPPORT_ONLY:
-        off = tl.full((), 0.0, tl.float64)
+        off = tl.where(centre == centre, 0.0, nan)
     elif MODE == WITH_TAIL:
         off = tl.where(log_q_t > -INF, off + h_t, off)
 
-    sound = valid & (undefined == 0)
-    value = tl.where(sound, tl.where(infinite, INF, value), nan)
-    centre = tl.where(sound & (infinite == 0), centre, nan)
-    off = tl.where(centre == centre, off, nan)
     high = centre.to(tl.float32)
     _store_saved(
         saved, row, tl.where(sound, max_s, nan), tl.where(sound, log_z.to(tl.float32), nan),
@@ -279,10 +270,11 @@ def _support_gradient(
         centre = high.to(tl.float64) + tl.load(base + 4).to(tl.float64)
         row_s, ids, log_p = student + row * student_stride, ids + row * slots, log_p + row * slots
         for begin in range(0, slots, SLOTS):
-            token, present, log_p_here = _support(ids, log_p, slots, columns, begin, SLOTS)
-            s = load_fp32(row_s + token, present).to(tl.float64)
-            log_q = k * (s - max_s) - log_q_scale
-            _term, q, q_h, _h, _infinite = _cell(log_p_here, log_q, own_beta, KIND, TRUNCATE)
+            token, present = _support(ids, slots, columns, begin, SLOTS)
+            log_p_here, log_q = _on_support(
+                row_s, log_p, token, present, begin, k, max_s, log_q_scale, SLOTS
+            )
+            _term, q, q_h, _h = _cell(log_p_here, log_q, own_beta, KIND, TRUNCATE)
             gradient = soft * (q_h - q * centre).to(tl.float32)
             slot = begin + tl.arange(0, SLOTS)
             tl.store(values + row * slots + slot, gradient, mask=present)
@@ -326,9 +318,8 @@ def _place(
     centre = tl.load(saved + row * SAVED + 3)
     if (centre == centre) & (tl.load(upstreams + row) != 0.0):
         for begin in range(0, slots, SLOTS):
+            token, present = _support(ids + row * slots, slots, columns, begin, SLOTS)
             slot = begin + tl.arange(0, SLOTS)
-            token = tl.load(ids + row * slots + slot, mask=slot < slots, other=-1)
-            present = (token >= 0) & (token < columns)
             gradient = tl.load(values + row * slots + slot, mask=present)
             target = grad + row * grad_stride + token
             tl.store(target, gradient.to(grad.dtype.element_ty), mask=present)

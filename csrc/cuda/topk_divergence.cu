@@ -108,38 +108,33 @@ __device__ __forceinline__ Sums block_total(const Sums& mine, float k2, float* s
   return {most, block_reduce<kThreads>(z, Sum{}, wide_scratch)};
 }
 
-// A cell's term of D, q, q h and h = dD/dq.
+// A cell's term of D, q, q h and h = dD/dq. The term is inf where D is, and NaN where log p is.
 struct Cell {
   double term, q, q_h, h;
-  bool infinite;
 };
 
 __device__ Cell cell_of(int kind, bool truncated, double beta, double log_p, double log_q) {
   const double p = exp(log_p), q = exp(log_q);
-  double d = log_p == -INFINITY && log_q == -INFINITY ? 0.0 : log_p - log_q;
-  d = fmin(fmax(d, -1e30), 1e30);  // finite: 0 times it is 0
-  Cell cell{0.0, q, 0.0, 0.0, false};
+  const double d = log_p == -INFINITY && log_q == -INFINITY ? 0.0 : log_p - log_q;
   if (kind == kForwardKl) {
-    cell.h = truncated ? -exp(d) : 1.0 - exp(d);
-    cell.q_h = truncated ? -p : q - p;
-    cell.term = truncated ? p * d : p * d + (q - p);
-    cell.infinite = log_q == -INFINITY && p > 0.0;
-  } else if (kind == kReverseKl) {
-    cell.h = truncated ? 1.0 - d : -d;
-    cell.q_h = truncated ? q - q * d : -q * d;
-    cell.term = truncated ? -q * d : p - q - q * d;
-    cell.infinite = log_p == -INFINITY && q > 0.0;
-  } else if (kind == kJsd) {
-    const double log_m = log(beta * p + (1.0 - beta) * q);
-    cell.h = -(1.0 - beta) * log(1.0 - beta + beta * exp(fmin(d, 700.0)));
-    cell.q_h = q > 0.0 ? (1.0 - beta) * q * (log_q - log_m) : 0.0;
-    cell.term = (p > 0.0 ? beta * p * (log_p - log_m) : 0.0) + cell.q_h;
-  } else {
-    cell.h = d > 0.0 ? -0.5 : (d < 0.0 ? 0.5 : 0.0);
-    cell.q_h = q * cell.h;
-    cell.term = 0.5 * fabs(p - q);
+    const double term = p == 0.0 ? 0.0 : p * d;
+    if (truncated) return {term, q, -p, -exp(d)};
+    return {term + (q - p), q, q - p, 1.0 - exp(d)};
   }
-  return cell;
+  if (kind == kReverseKl) {
+    const double term = q == 0.0 ? 0.0 : -q * d;
+    if (truncated) return {term, q, q + term, 1.0 - d};
+    return {term - (q - p), q, term, -d};
+  }
+  if (kind == kJsd) {
+    const double log_m = log(beta * p + (1.0 - beta) * q);
+    const double of_p = p == 0.0 ? 0.0 : beta * p * (log_p - log_m);
+    const double of_q = q == 0.0 ? 0.0 : (1.0 - beta) * q * (log_q - log_m);
+    const double h = -(1.0 - beta) * log(1.0 - beta + beta * exp(fmin(d, 700.0)));
+    return {of_p + of_q, q, of_q, h};
+  }
+  const double h = d > 0.0 ? -0.5 : (d < 0.0 ? 0.5 : 0.0);
+  return {0.5 * fabs(p - q), q, q * h, h};
 }
 
 // A row that is not counted, or is flagged: loss and gradient are `value`.
@@ -199,18 +194,13 @@ __global__ void __launch_bounds__(kBlock, 6)
   saved[kStatus] = out_of_range ? kIdOutOfRange : (twice ? kIdTwice : kSound);
 }
 
-// What thread 0 works out of the sums, for all.
-struct Normal {
-  double scale, about;  // log q = k (s - max) - scale on the support; c is summed about `about`
-};
-
 // The cells: K logits of the row, and what the sweep has found.
 template <class S>
 __global__ void __launch_bounds__(kCellBlock, 10)
     topk_divergence_forward(const __grid_constant__ TopkDivergenceCall call) {
   __shared__ float scratch[kCellBlock / kWarp];
   __shared__ double wide_scratch[2 * kCellBlock / kWarp];
-  __shared__ Normal shared_normal;
+  __shared__ double log_sums[2];
   const int64_t index = blockIdx.x;
   if (call.counted && !call.counted[index]) return write_constant(call, index, 0.0f, kSound);
   const Row row(call, index);
@@ -223,7 +213,6 @@ __global__ void __launch_bounds__(kCellBlock, 10)
 
   const S* student = static_cast<const S*>(call.student) + index * call.student_stride;
   Sums mine;
-  int64_t likeliest = -1;
   int present = 0;
   for (int64_t j = threadIdx.x; j < row.slots; j += kCellBlock) {
     const int64_t id = row.ids[j];
@@ -233,86 +222,56 @@ __global__ void __launch_bounds__(kCellBlock, 10)
     if (s > mine.max) {
       mine.z *= exp2f(row.k2 * (mine.max - s));
       mine.max = s;
-      likeliest = j;
     }
     mine.z += exp2f(row.k2 * (s - mine.max));
   }
   const Sums support = block_total<kCellBlock>(mine, row.k2, scratch, wide_scratch);
-  const bool has_top = likeliest >= 0 && mine.max == support.max;
-  const float top_log_p =
-      block_reduce<kCellBlock>(has_top ? row.log_p[likeliest] : -INFINITY, Max{}, scratch);
-  const int tokens =
-      static_cast<int>(block_reduce<kCellBlock>(static_cast<double>(present), Sum{}, wide_scratch));
-
+  const double tokens = block_reduce<kCellBlock>(static_cast<double>(present), Sum{}, wide_scratch);
   const float max_s = fmaxf(support.max, outside.max);
-  const bool truncated = call.mode == kTruncated;
-  Cell tail{0.0, 0.0, 0.0, 0.0, false};
-  double log_z = 0.0, outside_share = 0.0;
-  float log_p_tail = -INFINITY;
-  bool sound = false, has_tail = false;
   if (threadIdx.x == 0) {
-    const double log_outside = log(outside.z) + row.k * (static_cast<double>(outside.max) - max_s);
-    const double log_support = log(support.z) + row.k * (static_cast<double>(support.max) - max_s);
-    const double both = exp(log_support) + exp(log_outside);
-    // NaN and +inf logits made the sums NaN, a row of -inf left both at 0.
-    sound = both > 0.0 && both < INFINITY;
-    log_z = log(both);
-    float scale = static_cast<float>(log_z);
-    if (call.mode == kSupportOnly) {
-      sound = sound && support.z > 0.0;
-      scale = static_cast<float>(log_support);
-    }
-    const double log_q_tail = log_outside - log_z;
-    outside_share = exp(log_q_tail);
-    // With S the whole vocabulary there is no such cell.
-    if (call.mode == kWithTail && tokens < row.vocab) {
-      if (call.log_tail) log_p_tail = call.log_tail[index];
-      has_tail = log_q_tail > -INFINITY;
-      tail = cell_of(call.kind, false, row.beta, log_p_tail, log_q_tail);
-    }
-    const double log_q_top = row.k * (static_cast<double>(support.max) - max_s) - scale;
-    const Cell top = cell_of(call.kind, truncated, row.beta, top_log_p, log_q_top);
-    shared_normal = {scale, top.q >= 0.5 ? top.h : (tail.q >= 0.5 ? tail.h : 0.0)};
+    log_sums[0] = log(support.z) + row.k * (static_cast<double>(support.max) - max_s);
+    log_sums[1] = log(outside.z) + row.k * (static_cast<double>(outside.max) - max_s);
   }
   __syncthreads();
-  const Normal normal = shared_normal;
+  const double log_support = log_sums[0], log_outside = log_sums[1];
+  const double both = exp(log_support) + exp(log_outside), log_z = log(both);
+  const bool only = call.mode == kSupportOnly, truncated = call.mode == kTruncated;
+  const float scale = static_cast<float>(only ? log_support : log_z);
 
   double sums[2] = {0.0, 0.0};
-  int flags = 0;
   for (int64_t j = threadIdx.x; j < row.slots; j += kCellBlock) {
     const int64_t id = row.ids[j];
     if (id < 0) continue;
-    const float log_p = row.log_p[j];
-    const double log_q = row.log_q(to_float(student[id]), max_s, normal.scale);
-    const Cell cell = cell_of(call.kind, truncated, row.beta, log_p, log_q);
+    const double log_q = row.log_q(to_float(student[id]), max_s, scale);
+    const Cell cell = cell_of(call.kind, truncated, row.beta, row.log_p[j], log_q);
     sums[0] += cell.term;
-    sums[1] += cell.q_h - cell.q * normal.about;
-    if (cell.infinite) flags |= 1;
-    if (isnan(log_p)) flags |= 2;
+    sums[1] += cell.q_h;
   }
   block_reduce_each<kCellBlock>(sums, Sum{}, wide_scratch);
-  const bool infinite_cell = __syncthreads_or(flags & 1);
-  const bool undefined_cell = __syncthreads_or(flags & 2);
   if (threadIdx.x != 0) return;
 
-  double value = sums[0] + tail.term;
-  double centre = normal.about + (sums[1] + (tail.q_h - tail.q * normal.about));
-  if (truncated) centre -= outside_share * normal.about;
-  double off = call.mode == kSupportOnly ? 0.0 : -centre;
-  if (has_tail) off += tail.h;
-  if (infinite_cell || tail.infinite) {
-    value = INFINITY;
-    centre = NAN;
+  double value = sums[0], centre = sums[1], slope = 0.0;
+  // The tail's cell; with S the whole vocabulary there is none.
+  if (call.mode == kWithTail && tokens < row.vocab) {
+    const double log_p = call.log_tail ? call.log_tail[index] : -INFINITY;
+    const double log_q = log_outside - log_z;
+    const Cell tail = cell_of(call.kind, false, row.beta, log_p, log_q);
+    value += tail.term;
+    centre += tail.q_h;
+    if (log_q > -INFINITY) slope = tail.h;
   }
-  sound = sound && !undefined_cell && !isnan(log_p_tail);
-  if (!sound) value = centre = NAN;
-  if (isnan(centre)) off = NAN;
+  // NaN and +inf logits made the sums NaN, a row of -inf left both at 0.
+  const bool sound =
+      both > 0.0 && both < INFINITY && !isnan(value) && !(only && !(support.z > 0.0));
+  if (!sound) value = NAN;
+  if (!(value < INFINITY)) centre = NAN;
+  const double off = only && !isnan(centre) ? 0.0 : slope - centre;
   const float t2 = call.scale_t2 ? row.temperature * row.temperature : 1.0f;
   const float high = static_cast<float>(centre);
   call.loss[index] = t2 * static_cast<float>(value);
   saved[kMaxS] = sound ? max_s : NAN;
   saved[kLogZ] = sound ? static_cast<float>(log_z) : NAN;
-  saved[kLogQScale] = sound ? static_cast<float>(normal.scale) : NAN;
+  saved[kLogQScale] = sound ? scale : NAN;
   saved[kCentre] = high;
   saved[kCentreLow] = static_cast<float>(centre - high);
   saved[kOff] = static_cast<float>(off);
@@ -326,8 +285,11 @@ __global__ void __launch_bounds__(kBlock, 4)
   __shared__ unsigned bits[kWords];
   const int64_t index = blockIdx.x;
   const Row row(call, index);
-  const float* saved = call.saved + index * kSaved;
-  const float max_s = saved[kMaxS], off = saved[kOff], upstream = call.grad_rows[index];
+  __shared__ float saved[kSaved + 1];  // and the upstream gradient, each read once
+  if (threadIdx.x < kSaved) saved[threadIdx.x] = call.saved[index * kSaved + threadIdx.x];
+  if (threadIdx.x == kSaved) saved[kSaved] = call.grad_rows[index];
+  __syncthreads();
+  const float max_s = saved[kMaxS], off = saved[kOff], upstream = saved[kSaved];
   const S* student = static_cast<const S*>(call.student) + index * call.student_stride;
   S* grad = static_cast<S*>(call.grad) + index * call.grad_stride;
   const int origin = tile_origin(student);

@@ -90,8 +90,7 @@ def test_thread_order_changes_nothing() -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_bytes_are_within_a_twentieth_of_the_floor(dtype: torch.dtype) -> None:
-    """Bytes of logits, gradient and support; what every thread of a block reads for itself, from
-    one cache line, is beside it. Overwriting is the sum of both."""
+    """All bytes, the small tensors too; 64 tokens as support. Overwriting is the sum of both."""
     vocab = 32000
     s, g = torch.randn(1, vocab).to(dtype), torch.Generator().manual_seed(5)
     log_p, ids = torch.log_softmax(torch.randn(1, vocab, generator=g), 1).topk(64)
@@ -103,13 +102,9 @@ def test_bytes_are_within_a_twentieth_of_the_floor(dtype: torch.dtype) -> None:
         ops.topk_divergence_fwd(*inputs, *options, loss, saved)
         ops.topk_divergence_bwd(*inputs[:4], None, saved, torch.ones(1), *options, grad)
     for call, floor in zip(calls, (s.nbytes, 2 * s.nbytes), strict=True):
-        buffers = call.report.buffers
-        moved = sum(b.bytes_moved for name, b in buffers.items() if name not in mutants.PER_THREAD)
-        assert moved <= 1.05 * floor
-        assert call.report.bytes_moved <= moved + 256 * 40
+        assert call.report.bytes_moved <= 1.05 * floor
         # Every request of the sweep is 16 bytes a lane.
-        seen = buffers["student"]
-        assert seen.load_requests <= s.nbytes / 512 + 3 * 64
+        assert call.report.buffers["student"].load_requests <= s.nbytes / 512 + 2 * 64
 
 
 def test_rows_that_do_not_count_are_not_read() -> None:

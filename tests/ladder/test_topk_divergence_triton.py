@@ -28,11 +28,11 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch):
-    """The module of the launchers, with blocks of 256 fp32 logits and 32 slots of the support."""
+    """The module of the launchers, with blocks of 256 fp32 logits and 64 slots of the support."""
     import pydistill.kernels.topk_divergence as module
 
     monkeypatch.setattr(module, "THREADS", 64)
-    monkeypatch.setattr(module, "SLOTS", 32)
+    monkeypatch.setattr(module, "SLOTS", 64)
     return module
 
 

@@ -12,6 +12,7 @@ of the table and the mutants of each part.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "ladder"
+KERNELS = ROOT / "kernels"
 MUTANTS = Path(__file__).with_name("mutants")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
 
@@ -54,35 +56,31 @@ def _run(test: str) -> bool:
 
 
 def records() -> dict[str, dict[str, Any]]:
-    """What a full climb of the present sources proves."""
+    """What a full climb of the present sources proves, for every operator with mutants."""
+    import pydistill  # noqa: F401  declares the operators
+    from pydistill._registry import OPERATORS
     from pydistill.testing.cases import load
-    from tools.ladder.mutants import divergence_cuda, divergence_triton
+    from tools.ladder.cuda.sim import CSRC, source_closure
 
-    cases = sum(not case.marks & {"slow", "bench"} for case in load("divergence"))
-    kernels, csrc = ROOT / "kernels", ROOT / "csrc" / "cuda"
-    return {
-        "triton divergence proof": {
-            "sources": fingerprint(
-                [
-                    kernels / "divergence.py",
-                    *(kernels / "_common").glob("*.py"),
-                    MUTANTS / "divergence_triton.py",
-                ]
-            ),
-            "cases": cases,
-            "mutants": {name: len(mutants) for name, mutants in divergence_triton.PARTS.items()},
-        },
-        "cuda divergence proof": {
-            "sources": fingerprint(
-                [
-                    *(path for path in csrc.iterdir() if path.suffix in (".cu", ".cuh", ".h")),
-                    MUTANTS / "divergence_cuda.py",
-                ]
-            ),
-            "cases": cases,
-            "mutants": {name: len(mutants) for name, mutants in divergence_cuda.PARTS.items()},
-        },
-    }
+    rows = {}
+    for op in OPERATORS:
+        kernels = {
+            "triton": [KERNELS / f"{op}.py", *(KERNELS / "_common").glob("*.py")],
+            "cuda": [CSRC / "cuda" / f"{op}.cu"],
+        }
+        for backend, sources in kernels.items():
+            if not (MUTANTS / f"{op}_{backend}.py").exists():
+                continue
+            if backend == "cuda":
+                sources = source_closure(*sources, [CSRC])
+            checks = [MUTANTS / f"{op}_{part}.py" for part in (backend, "check")]
+            parts = importlib.import_module(f"tools.ladder.mutants.{op}_{backend}").PARTS
+            rows[f"{backend} {op} proof"] = {
+                "sources": fingerprint([*sources, *filter(Path.exists, checks)]),
+                "cases": sum(not case.marks & {"slow", "bench"} for case in load(op)),
+                "mutants": {name: len(mutants) for name, mutants in parts.items()},
+            }
+    return rows
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

@@ -186,11 +186,15 @@ def cuda_rows(source: str, target: str) -> Table:
 
 
 def _cuda_name(name: str) -> str:
-    """`forward jsd fp32` for `divergence_forward<2, float>`; other names without spaces."""
+    """`forward jsd fp32` for `divergence_forward<2, float>`, `topk_divergence outside fp32` for
+    `topk_divergence_outside<float>`; other names without spaces."""
     from pydistill.reference.divergence import KINDS
 
-    found = re.fullmatch(r"divergence_(\w+)<(\d+), (\w+)>", name)
     scalars = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
+    topk = re.fullmatch(r"(topk_divergence)_(\w+)<(\w+)>", name)
+    if topk is not None:
+        return f"{topk[1]} {topk[2]} {scalars[topk[3]]}"
+    found = re.fullmatch(r"divergence_(\w+)<(\d+), (\w+)>", name)
     if found is None or found[3] not in scalars:
         return name.replace(" ", "")
     kinds = {spec.id: kind for kind, spec in KINDS.items()}
@@ -219,6 +223,7 @@ def cuda_bytes() -> Table:
 
 def collect(tracked: Table) -> Table:
     """All rows, sorted; the proofs of `tracked` stand, and without nvcc its CUDA rows."""
+    from tools.ladder import topk_divergence_table
     from tools.ladder.cuda.nvcc import TARGETS, find_nvcc
 
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
@@ -230,10 +235,11 @@ def collect(tracked: Table) -> Table:
     else:
         sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
         jobs += [(cuda_rows, (source, target)) for source in sources for target in TARGETS]
-        jobs.append((cuda_bytes, ()))
+        jobs += [(cuda_bytes, ()), (topk_divergence_table.cuda_bytes, ())]
     # GATE is spelled out: importing dry_run would import triton into this process.
-    jobs += [(triton_rows, (target,)) for target in ("sm_80", "sm_90", "sm_100", "gfx942")]
-    jobs.append((triton_bytes, ()))
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        jobs += [(triton_rows, (target,)), (topk_divergence_table.triton_rows, (target,))]
+    jobs += [(triton_bytes, ()), (topk_divergence_table.triton_bytes, ())]
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         for result in [pool.apply_async(job, arguments) for job, arguments in jobs]:
             rows |= result.get()
@@ -268,6 +274,8 @@ def markdown(table: Table) -> str:
         "(Triton), in shared memory as long as the row fits (CUDA, which then takes the terms from",
         "there too). A longer row is read again for every step of the search; how often stands in",
         f"brackets, for a row of {LONG} logits and a limit of 227 KB.",
+        "`topk_divergence` has 64 tokens as support, and its floor is the row alone: once forward,",
+        "once read and once written backward; sorting the ids, in torch, is not counted.",
     ]
     if "versions" in table:
         named = (f"{name} {version}" for name, version in table["versions"].items())
@@ -308,9 +316,11 @@ def markdown(table: Table) -> str:
 
 def _cell(row: Row) -> str:
     if "ratio" in row:
-        student, teacher = row["sweeps"][:2]
-        reads = f" (student {student:g}, teacher {teacher:g})" if row["ratio"] > 2.05 else ""
-        return f"{row['ratio']:.3f}{reads}"
+        cell = f"{row['ratio']:.3f}"
+        if row["ratio"] > 2.05:
+            student, teacher = row["sweeps"][:2]
+            cell += f" (student {student:g}, teacher {teacher:g})"
+        return cell
     if not row["compiles"]:
         return "does not compile"
     cell = f"{row['registers']}, {row['occupancy']:.0%}, {row['shared']}"

@@ -42,20 +42,20 @@ CELLS = [
     Mutant("!call.counted[index]) return write_constant", "false) return write_constant"),
     Mutant("if (status != kSound ||", "if ("),
     Mutant("mine.z *= exp2f(row.k2 * (mine.max - s));", ""),
-    Mutant("likeliest = j;", "likeliest = threadIdx.x;"),
-    Mutant("support.z > 0.0;\n      scale = static_cast<float>(log_support);", "support.z > 0.0;"),
+    Mutant("only ? log_support : log_z", "log_z"),
     Mutant("&& tokens < row.vocab)", "&& tokens <= row.vocab)"),
-    Mutant("top.q >= 0.5 ? top.h :", "top.q >= 5.0 ? top.h :"),
-    Mutant("(tail.q >= 0.5 ? tail.h : 0.0)", "0.0"),
-    Mutant("cell.q_h - cell.q * normal.about;", "cell.q_h;"),
-    Mutant("if (truncated) centre -= outside_share * normal.about;", ""),
-    Mutant("if (has_tail) off += tail.h;", ""),
-    Mutant("if (isnan(log_p)) flags |= 2;", ""),
-    Mutant("if (cell.infinite) flags |= 1;", ""),
+    Mutant("if (id < 0) continue;\n    ++present;", "++present;\n    if (id < 0) continue;"),
+    Mutant("sums[1] += cell.q_h;", "sums[1] += cell.q;"),
+    Mutant("centre += tail.q_h;", ""),
+    Mutant("slope = tail.h;", "slope = 0.0;"),
+    Mutant("&& !isnan(value) &&", "&&"),
+    Mutant("if (!(value < INFINITY)) centre = NAN;", "if (isnan(value)) centre = NAN;"),
     Mutant("static_cast<float>(centre - high)", "0.0f"),
-    Mutant("fmin(fmax(d, -1e30), 1e30)", "d"),
-    Mutant("cell.q_h = truncated ? -p : q - p;", "cell.q_h = q - p;"),
-    Mutant("truncated ? q - q * d : -q * d", "-q * d"),
+    Mutant("p == 0.0 ? 0.0 : p * d", "p * d"),
+    Mutant("log_p == -INFINITY && log_q == -INFINITY ? 0.0 : log_p - log_q", "log_p - log_q"),
+    Mutant("return {term, q, -p, -exp(d)};", "return {term, q, q - p, -exp(d)};"),
+    Mutant("return {term, q, q + term, 1.0 - d};", "return {term, q, term, 1.0 - d};"),
+    Mutant("return {term - (q - p), q, term, -d};", "return {term - (q - p), q, term, d};"),
     Mutant("beta * p + (1.0 - beta) * q)", "(1.0 - beta) * p + beta * q)"),
     Mutant("d > 0.0 ? -0.5 : (d < 0.0 ? 0.5 : 0.0)", "d > 0.0 ? 0.5 : -0.5"),
     Mutant("? row.temperature * row.temperature : 1.0f;", "? row.temperature : 1.0f;", 0),
@@ -75,8 +75,6 @@ BACKWARD = [
     Mutant("cell.q_h - cell.q * centre", "cell.q_h"),
     Mutant("if (constant) return;", ""),
 ]
-# Read by every thread of a block for itself.
-PER_THREAD = ("saved", "params", "grad_rows", "counted", "log_tail")
 SHORT_STRETCHES = ["PYD_TOPK_WORDS=9"]  # 288 tokens: the rows have three
 PARTS = {"outside": OUTSIDE, "cells": CELLS, "backward": BACKWARD}
 

@@ -24,36 +24,33 @@ FORWARD = [
     Mutant("new_top = tl.maximum(top, tl.max(s, 0))", "new_top = tl.max(s, 0)"),
     Mutant("tl.where(token == vocab, ID_OUT_OF_RANGE", "tl.where(token == vocab, ID_TWICE"),
     Mutant("ids.clamp(max=vocab)).int()", "ids.int())"),
-    Mutant("tl.max(tl.where(s == most, log_p_here, -INF), 0)", "tl.max(log_p_here, 0)"),
-    Mutant("tl.where(most > top, its_log_p, top_log_p)", "its_log_p"),
     Mutant("z = z * tl.exp(k * (top - shift)) + tl.sum", "z = z + tl.sum"),
-    Mutant("tl.where(q_top >= 0.5, h_top,", "tl.where(q_top >= 5.0, h_top,"),
-    Mutant("tl.where(q_t >= 0.5, h_t, 0.0)", "0.0"),
-    Mutant("rest = q_h_t - q_t * about", "rest = q_h_t"),
-    Mutant("rest = -tl.exp(log_outside - log_z) * about", "rest = 0.0 * about"),
     Mutant(
         "tl.where(tokens < vocab, tl.load(log_tail", "tl.where(tokens <= vocab, tl.load(log_tail"
     ),
-    Mutant("undefined = undefined | (", "undefined = undefined & ("),
-    Mutant("infinite = infinite | (", "infinite = infinite & ("),
+    Mutant("tokens += tl.sum(present", "tokens += tl.sum((token == token)"),
+    Mutant("sound = valid & (value == value)", "sound = valid"),
+    Mutant("centre = tl.where(sound & (value < INF)", "centre = tl.where(sound"),
+    Mutant("centre += tl.sum(q_h, 0)", "centre = tl.sum(q_h, 0)"),
+    Mutant("value += tl.sum(term, 0)", "value = tl.sum(term, 0)"),
     Mutant("scale = log_support.to(tl.float32)", "scale = log_z.to(tl.float32)"),
     Mutant("tl.where(log_q_t > -INF, off + h_t, off)", "off"),
     Mutant("(centre - high).to(tl.float32)", "0.0"),
-    Mutant("tl.where(sound & (infinite == 0), centre, nan)", "tl.where(sound, centre, nan)"),
     Mutant("row_loss * temperature * temperature if", "row_loss * temperature if"),
 ]
 CELLS = [
-    Mutant("tl.minimum(tl.maximum(d, -FAR), FAR)", "d"),
-    Mutant("h, q_h = 1.0 - tl.exp(d), q - p", "h, q_h = 1.0 - tl.exp(d), p - q"),
-    Mutant("h, q_h = 1.0 - tl.exp(d), q - p", "h, q_h = -tl.exp(d), q - p"),
-    Mutant("term = p * d + q_h", "term = p * d"),
-    Mutant("h, q_h, term = h - 1.0, -p, p * d", "h, q_h, term = h - 1.0, -p, p * d - p + q"),
-    Mutant("h, q_h = -d, -q * d", "h, q_h = d, -q * d"),
-    Mutant("term = q_h - (q - p)", "term = q_h + (q - p)"),
-    Mutant("h, q_h, term = 1.0 - d, q + q_h, q_h", "h, q_h, term = 1.0 - d, q_h, q_h"),
+    Mutant("tl.where((log_p == -INF) & (log_q == -INF), 0.0, log_p - log_q)", "log_p - log_q"),
+    Mutant("h, q_h, term = 1.0 - tl.exp(d), q - p,", "h, q_h, term = 1.0 - tl.exp(d), p - q,"),
+    Mutant("h, q_h, term = 1.0 - tl.exp(d), q - p,", "h, q_h, term = -tl.exp(d), q - p,"),
+    Mutant("tl.where(p == 0.0, 0.0, p * d)", "p * d"),
+    Mutant("            term += q_h", "            term += 0.5 * q_h"),
+    Mutant("h, q_h = -tl.exp(d), -p", "q_h = q - p"),
+    Mutant("h, q_h = -d, tl", "h, q_h = d, tl"),
+    Mutant("h, q_h = 1.0 - d, q + q_h", "h, q_h = 1.0 - d, q_h"),
+    Mutant("            term -= q - p", "            term += q - p"),
     Mutant("tl.log(beta * p + (1.0 - beta) * q)", "tl.log((1.0 - beta) * p + beta * q)"),
-    Mutant("q_h = (1.0 - beta) * q * to_q", "q_h = q * to_q"),
-    Mutant("term = beta * p * to_p + q_h", "term = p * to_p + q_h"),
+    Mutant("(1.0 - beta) * q * (log_q - log_m)", "q * (log_q - log_m)"),
+    Mutant("beta * p * (log_p - log_m)", "p * (log_p - log_m)"),
     Mutant("tl.where(d > 0.0, -0.5, tl.where(d < 0.0, 0.5, 0.0))", "tl.where(d > 0.0, 0.5, -0.5)"),
     Mutant("term = 0.5 * tl.abs(p - q)", "term = tl.abs(p - q)"),
 ]
@@ -67,22 +64,26 @@ BACKWARD = [
     Mutant("(centre == centre) | (upstream == 0.0), 0.0,", "(upstream == 0.0), 0.0,"),
     Mutant("factor * tl.exp(k * (s - max_s))", "factor * tl.exp(s - max_s)"),
     Mutant("soft * off * tl.exp(-tl.load(base + 1))", "soft * off"),
-    Mutant("present = (token >= 0) & (token < columns)", "present = slot < slots"),
     Mutant(
         "if (centre == centre) & (tl.load(upstreams + row) != 0.0):",
         "if centre == centre:",
     ),
     Mutant(
-        "slot = begin + tl.arange(0, SLOTS)\n            token",
-        "slot = tl.arange(0, SLOTS)\n            token",
+        "token, present = _support(ids + row * slots, slots, columns, begin",
+        "token, present = _support(ids + row * slots, slots, columns, 0",
     ),
+    Mutant(
+        "log_p = load_fp32(log_p + slot, present)",
+        "log_p = load_fp32(log_p + slot - begin, present)",
+    ),
+    Mutant("(token >= 0) & (token < vocab)", "token >= 0"),
 ]
 PARTS = {"forward": FORWARD, "cells": CELLS, "backward": BACKWARD}
 
 
 def small_blocks(kernels: ModuleType) -> None:
-    """Blocks of 256 fp32 logits and 32 slots, so that short rows have several."""
-    kernels.THREADS, kernels.SLOTS = 64, 32  # type: ignore[attr-defined]
+    """Blocks of 256 fp32 logits and 64 slots, so that short rows have several."""
+    kernels.THREADS, kernels.SLOTS = 64, 64  # type: ignore[attr-defined]
 
 
 def check_kernels(kernels: ModuleType) -> None:
