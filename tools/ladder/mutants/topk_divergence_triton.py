@@ -21,7 +21,7 @@ FORWARD = [
     Mutant("end = tl.minimum(start + BLOCK, vocab)", "end = start + BLOCK"),
     Mutant("twice = twice | (following == token)", "twice = following == token"),
     Mutant("z = z * tl.exp(k * (top - shift)) + partial_sums", "z = z + partial_sums"),
-    Mutant("new_top = tl.maximum(top, tl.max(s, 0))", "new_top = tl.max(s, 0)"),
+    Mutant("new_top = tl.maximum(top, tl.max(s, 0))", "new_top = tl.max(s, 0)", 0),
     Mutant("tl.where(token == vocab, ID_OUT_OF_RANGE", "tl.where(token == vocab, ID_TWICE"),
     Mutant("ids.clamp(max=vocab)).int()", "ids.int())"),
     Mutant("z = z * tl.exp(k * (top - shift)) + tl.sum", "z = z + tl.sum"),
