@@ -5,7 +5,12 @@ from pathlib import Path
 import pytest
 
 from tools.ladder import proof
-from tools.ladder.mutants import divergence_cuda, divergence_triton
+from tools.ladder.mutants import (
+    divergence_cuda,
+    divergence_triton,
+    topk_divergence_cuda,
+    topk_divergence_triton,
+)
 
 pytestmark = pytest.mark.ladder
 
@@ -38,14 +43,31 @@ def test_the_full_ladder_has_cases_and_mutants_of_both_backends() -> None:
         "test_divergence_cuda.py::test_mutants_die",
         "test_divergence_triton.py::test_table",
         "test_divergence_triton_mutants.py::test_all_mutants_die",
+        "test_topk_divergence_cuda.py::test_every_case",
+        "test_topk_divergence_cuda.py::test_mutants_die",
+        "test_topk_divergence_triton.py::test_table",
+        "test_topk_divergence_triton_mutants.py::test_all_mutants_die",
     }
 
 
 def test_every_kernel_has_ten_mutants() -> None:
-    for parts in (divergence_triton.PARTS, divergence_cuda.PARTS):
-        for part, mutants in parts.items():
+    for module in (
+        divergence_triton, divergence_cuda, topk_divergence_triton, topk_divergence_cuda,
+    ):  # fmt: skip
+        for part, mutants in module.PARTS.items():
             assert len(set(mutants)) == len(mutants)
             assert len(mutants) >= 10 or part == "numerics"  # helpers, no kernel
+
+
+def test_records_are_of_every_operator_with_mutants() -> None:
+    records = proof.records()
+    assert records.keys() == {
+        f"{backend} {path.stem.removesuffix('_' + backend)} proof"
+        for backend in ("triton", "cuda")
+        for path in proof.MUTANTS.glob(f"*_{backend}.py")
+    }
+    assert {"cuda topk_divergence proof", "triton divergence proof"} <= records.keys()
+    assert len({row["sources"] for row in records.values()}) == len(records)
 
 
 def test_fingerprint_sees_names_and_contents(tmp_path: Path, monkeypatch) -> None:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from pydistill.reference.divergence import KINDS
+from tools.ladder import topk_divergence_table
 from tools.ladder.cuda.nvcc import TARGETS
 from tools.ladder.dry_run import GATE
 from tools.ladder.table import (
@@ -13,6 +14,7 @@ from tools.ladder.table import (
     JSON,
     LONG,
     MARKDOWN,
+    VOCAB,
     _cuda_name,
     bytes_row,
     compiled_row,
@@ -69,6 +71,37 @@ def test_tracked_bytes_of_rows_too_long_to_keep(backend: str) -> None:
         assert row["small"] == 36 and student == 2 and 2 < teacher <= most
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tracked_bytes_of_topk_divergence(backend: str, dtype: str) -> None:
+    """The row and the gradient once; K ids, logits and log-probabilities a few times each."""
+    table, k = json.loads(JSON.read_text()), topk_divergence_table.SLOTS
+    item = {"fp32": 4, "bf16": 2}[dtype]
+    forward, backward = (table[f"{backend} topk_divergence {d} {dtype} bytes"] for d in DIRECTIONS)
+    assert forward["logits"] == VOCAB * item + 2 * k * item
+    again = 2 if backend == "triton" else 1  # Triton writes over what it has swept
+    assert backward["logits"] == 2 * VOCAB * item + again * k * item
+    # Ids of 8 bytes, twice or three times, and in order 4; log p; saved values and the like.
+    small = {"triton": (1852, 1848), "cuda": (SMALL_FORWARD, SMALL_BACKWARD)}[backend]
+    assert (forward["small"], backward["small"]) == small
+    assert forward["ratio"] <= 1.05 and backward["ratio"] <= 1.05
+
+
+def test_tracked_table_has_every_row_of_topk_divergence() -> None:
+    table = json.loads(JSON.read_text())
+    for dtype in DTYPES:
+        for target in GATE:
+            for form in topk_divergence_table.FORMS:
+                for part in ("forward", "support"):
+                    key = f"triton topk_divergence {part} {form[0]} {form[1]} {dtype} {target}"
+                    assert table[key]["spills"] == 0
+            for part in ("outside", "backward", "place"):
+                assert f"triton topk_divergence {part} {dtype} {target}" in table
+        for target in TARGETS:
+            for part in ("outside", "forward", "backward"):
+                assert f"cuda topk_divergence {part} {dtype} {target}" in table
+
+
 def test_tracked_versions_are_those_required() -> None:
     row = json.loads(JSON.read_text())["versions"]
     required = JSON.with_name("requirements.txt").read_text()
@@ -116,4 +149,5 @@ def test_rows_and_cells() -> None:
 def test_cuda_names() -> None:
     assert _cuda_name("divergence_forward<2, float>") == "forward jsd fp32"
     assert _cuda_name("divergence_backward<0, __nv_bfloat16>") == "backward forward_kl bf16"
+    assert _cuda_name("topk_divergence_outside<__half>") == "topk_divergence outside fp16"
     assert _cuda_name("row_sum<float, 128>") == "row_sum<float,128>"

@@ -53,6 +53,7 @@ def rows() -> Inputs:
     log_p = torch.log_softmax(t.double(), 1)
     ids[2:5, 5:9] = -1
     log_tail = torch.logsumexp(log_p.scatter(1, ids.clamp(min=0), -torch.inf), 1)
+    log_tail += 0.05  # cells that do not add up to 1
     log_p = torch.where(
         ids >= 0, log_p.gather(1, ids.clamp(min=0)), torch.nan
     )  # unread where empty
