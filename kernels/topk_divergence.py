@@ -55,7 +55,7 @@ def _cell(log_p, log_q, beta, KIND: tl.constexpr, TRUNCATE: tl.constexpr):
     """A cell's term of D, q, q h and h; fp64 in and out. The term is inf where D is, and NaN where
     log p or log q is."""
     p, q = tl.exp(log_p), tl.exp(log_q)
-    d = tl.where((log_p == -INF) & (log_q == -INF), 0.0, log_p - log_q)
+    d = log_p - log_q
     if KIND == FORWARD_KL:
         h, q_h, term = 1.0 - tl.exp(d), q - p, tl.where(p == 0.0, 0.0, p * d)
         if TRUNCATE:
@@ -225,9 +225,8 @@ def _topk_divergence_forward(
         term, _q, q_h, _h = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
         value += tl.sum(term, 0)
         centre += tl.sum(q_h, 0)
-    sound = valid & (value == value)
-    value = tl.where(sound, value, nan)
-    centre = tl.where(sound & (value < INF), centre, nan)
+    value = tl.where(valid, value, nan)
+    centre = tl.where(value < INF, centre, nan)
     off = -centre
     if MODE == SUPPORT_ONLY:
         off = tl.where(centre == centre, 0.0, nan)
@@ -236,8 +235,8 @@ def _topk_divergence_forward(
 
     high = centre.to(tl.float32)
     _store_saved(
-        saved, row, tl.where(sound, max_s, nan), tl.where(sound, log_z.to(tl.float32), nan),
-        tl.where(sound, scale, nan), high, (centre - high).to(tl.float32), off.to(tl.float32),
+        saved, row, tl.where(valid, max_s, nan), tl.where(valid, log_z.to(tl.float32), nan),
+        tl.where(valid, scale, nan), high, (centre - high).to(tl.float32), off.to(tl.float32),
         status,
     )  # fmt: skip
     row_loss = value.to(tl.float32)
@@ -389,12 +388,14 @@ def topk_divergence_overwrite(
     beta: float, scale_t2: bool, loss: Tensor, saved: Tensor,
 ) -> None:  # fmt: skip
     """Writes `loss`, `saved`, and over `student` the gradient of sum(scale_rows * loss)."""
-    inputs, options = (
-        (student, ids, log_p, log_tail),
-        (kind, tail_mode, temperature, beta, scale_t2),
-    )
-    topk_divergence_fwd(*inputs, counted, params, *options, loss, saved)
-    topk_divergence_bwd(*inputs, params, saved, scale_rows, *options, student)
+    topk_divergence_fwd(
+        student, ids, log_p, log_tail, counted, params, kind, tail_mode, temperature, beta,
+        scale_t2, loss, saved,
+    )  # fmt: skip
+    topk_divergence_bwd(
+        student, ids, log_p, log_tail, params, saved, scale_rows, kind, tail_mode, temperature,
+        beta, scale_t2, student,
+    )  # fmt: skip
 
 
 def _shape(columns: int, student: Tensor) -> tuple[int, int]:

@@ -115,7 +115,7 @@ struct Cell {
 
 __device__ Cell cell_of(int kind, bool truncated, double beta, double log_p, double log_q) {
   const double p = exp(log_p), q = exp(log_q);
-  const double d = log_p == -INFINITY && log_q == -INFINITY ? 0.0 : log_p - log_q;
+  const double d = log_p - log_q;
   if (kind == kForwardKl) {
     const double term = p == 0.0 ? 0.0 : p * d;
     if (truncated) return {term, q, -p, -exp(d)};
@@ -261,8 +261,7 @@ __global__ void __launch_bounds__(kCellBlock, 10)
     if (log_q > -INFINITY) slope = tail.h;
   }
   // NaN and +inf logits made the sums NaN, a row of -inf left both at 0.
-  const bool sound =
-      both > 0.0 && both < INFINITY && !isnan(value) && !(only && !(support.z > 0.0));
+  const bool sound = both > 0.0 && both < INFINITY && !(only && !(support.z > 0.0));
   if (!sound) value = NAN;
   if (!(value < INFINITY)) centre = NAN;
   const double off = only && !isnan(centre) ? 0.0 : slope - centre;

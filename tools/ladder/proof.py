@@ -64,15 +64,13 @@ def records() -> dict[str, dict[str, Any]]:
 
     rows = {}
     for op in OPERATORS:
-        kernels = {
-            "triton": [KERNELS / f"{op}.py", *(KERNELS / "_common").glob("*.py")],
-            "cuda": [CSRC / "cuda" / f"{op}.cu"],
-        }
-        for backend, sources in kernels.items():
+        for backend in ("triton", "cuda"):
             if not (MUTANTS / f"{op}_{backend}.py").exists():
                 continue
-            if backend == "cuda":
-                sources = source_closure(*sources, [CSRC])
+            if backend == "triton":
+                sources = [KERNELS / f"{op}.py", *(KERNELS / "_common").glob("*.py")]
+            else:
+                sources = source_closure(CSRC / "cuda" / f"{op}.cu", [CSRC])
             checks = [MUTANTS / f"{op}_{part}.py" for part in (backend, "check")]
             parts = importlib.import_module(f"tools.ladder.mutants.{op}_{backend}").PARTS
             rows[f"{backend} {op} proof"] = {
