@@ -68,8 +68,8 @@ def take(
     mm: int = _MM,
 ) -> Roof:
     """The best of `repeats` with torch's current number of threads: about two seconds. A rate that
-    takes longer than a second to repeat (bf16 products, where the processor has none) is the best of
-    two."""
+    takes longer than a second to repeat (bf16 products, where the processor has none) is the best
+    of two."""
     a, b = _buffer(numel).zero_(), _buffer(numel).fill_(1.0)
     x = torch.randn(mm, mm)
     y, z = torch.randn(mm, mm), torch.empty(mm, mm)

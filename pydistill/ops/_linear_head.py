@@ -21,6 +21,7 @@ from torch import Tensor
 
 from pydistill import _registry
 from pydistill.ops import _rows
+from pydistill.ops.matmul import matmul
 from pydistill.reference.linear_head import Head
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -242,10 +243,10 @@ def _clear_rest(out: Gradients, vocab: int) -> None:
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """out (+)= a @ b, fp32 sums of operands of any floating dtype."""
-    if a.dtype == b.dtype == torch.float32:
-        torch.addmm(out, a, b, beta=1 if accumulate else 0, out=out)
-        return
-    torch.addmm(out, a.float(), b.float(), beta=1 if accumulate else 0, out=out)
+    if a.is_cuda and a.dtype != b.dtype:  # the tensor cores take operands of one type
+        half = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+        a, b = a.to(half), b.to(half)
+    matmul(a, b, out=out, accumulate=accumulate)
 
 
 def new_gradients(

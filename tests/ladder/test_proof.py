@@ -25,7 +25,7 @@ def test_one_failure_gives_no_record(failing: str | None, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(proof, "_test_functions", lambda: ["first", "middle", "last"])
     monkeypatch.setattr(proof, "_run", run)
-    assert proof.climb() == (proof.records() if failing is None else None)
+    assert proof.climb(None) == (proof.records() if failing is None else None)
     assert sorted(ran) == ["first", "last", "middle"]
 
 
@@ -33,7 +33,7 @@ def test_sources_that_change_meanwhile_give_no_record(monkeypatch: pytest.Monkey
     versions = iter([{"a": {"sources": "1"}}, {"a": {"sources": "2"}}])
     monkeypatch.setattr(proof, "_test_functions", lambda: [])
     monkeypatch.setattr(proof, "records", lambda: next(versions))
-    assert proof.climb() is None
+    assert proof.climb(None) is None
 
 
 def test_the_full_ladder_has_cases_and_mutants_of_both_backends() -> None:
@@ -80,3 +80,27 @@ def test_fingerprint_sees_names_and_contents(tmp_path: Path, monkeypatch) -> Non
     assert len({both, proof.fingerprint([one]), proof.fingerprint([two])}) == 3
     two.write_text("other text")
     assert proof.fingerprint([one, two]) != both
+
+
+def test_only_the_changed_kernels_climb(monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = [
+        "tests/ladder/test_cusim.py::a",
+        "tests/ladder/test_divergence_cuda.py::a",
+        "tests/ladder/test_divergence_triton_compile.py::a",
+        "tests/ladder/test_topk_divergence_cuda.py::a",
+    ]
+    ran: list[str] = []
+    monkeypatch.setattr(proof, "_test_functions", lambda: tests)
+    monkeypatch.setattr(proof, "_run", lambda test: not ran.append(test))  # type: ignore[func-returns-value]
+    found = proof.climb({"cuda divergence proof"})
+    assert found is not None and found.keys() == {"cuda divergence proof"}
+    assert sorted(ran) == tests[:2]
+
+
+def test_a_deferred_record_says_so() -> None:
+    from tools.ladder.table import markdown
+
+    key = "cuda divergence proof"
+    row = proof.deferred(proof.records()[key])
+    assert row != proof.records()[key] and "not climbed yet" in markdown({key: row})
+    assert "not climbed yet" not in markdown({key: proof.records()[key]})

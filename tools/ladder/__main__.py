@@ -1,10 +1,12 @@
-"""`python -m tools.ladder [--check] [--full | --changed]`: a GPU kernel's cost, without a GPU.
+"""`python -m tools.ladder [--check] [--full | --changed | --defer]`: a GPU kernel's cost, without a
+GPU.
 
 Writes tools/ladder/table.json and docs/ladder.md. With --full it first runs the ladder's tests on
 every case and every mutant, and records in the table that these kernels passed; with --changed only
-if the tracked records are of other kernels. With --check it writes nothing, prints the rows that
-differ from the tracked table, among them the records of kernels that have changed since, and exits
-with 1 if there are any.
+those of kernels of which the tracked record is not. --defer records such kernels as not climbed
+yet, and the table's page says so until someone runs --full. With --check it writes nothing, prints
+the rows that differ from the tracked table, among them the records of kernels that have changed
+since, and exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import argparse
 import json
 import sys
 
-from tools.ladder.proof import climb, records
+from tools.ladder.proof import climb, deferred, records
 from tools.ladder.table import JSON, MARKDOWN, ROOT, Table, collect, differences, markdown
 
 
@@ -22,19 +24,27 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the tracked table")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help="run the ladder's full tests first")
-    which.add_argument("--changed", action="store_true", help="the same, if the kernels changed")
+    which.add_argument("--changed", action="store_true", help="the same, of changed kernels")
+    which.add_argument("--defer", action="store_true", help="record changed kernels as not climbed")
     arguments = parser.parse_args()
 
     tracked: Table = json.loads(JSON.read_text()) if JSON.exists() else {}
     failed = False
     proofs: Table | None = None
-    stale = any(tracked.get(key) != row for key, row in records().items())
+    now = records()
+    stale = {key for key, row in now.items() if tracked.get(key) not in (row, deferred(row))}
     if arguments.full or (arguments.changed and stale):
-        proofs = climb()
+        proofs = climb(None if arguments.full else stale)
         failed = proofs is None
+    elif arguments.defer:
+        proofs = {key: deferred(now[key]) for key in stale}
     found = collect(tracked) | (proofs or {})
     if arguments.check:
-        changed = differences(tracked, found | records())
+        waiting = {
+            key: tracked[key] for key, row in now.items() if tracked.get(key) == deferred(row)
+        }
+        print("".join(f"{key}: these kernels have not climbed yet\n" for key in waiting), end="")
+        changed = differences(tracked, found | now | waiting)
         if not MARKDOWN.exists() or MARKDOWN.read_text() != markdown(tracked):
             changed.append(f"{MARKDOWN.relative_to(ROOT)} is not the table's: run `make ladder`")
         print("\n".join(changed) or f"all {len(found)} rows are as tracked")

@@ -294,6 +294,7 @@ def markdown(table: Table) -> str:
     for key, row in proofs.items():
         mutants = ", ".join(f"{part} {count}" for part, count in sorted(row["mutants"].items()))
         name = key.removesuffix(" proof")
+        mutants = mutants if row.get("climbed", True) else f"**not climbed yet** ({mutants})"
         lines.append(f"| `{name}` | `{row['sources']}` | {row['cases']} | {mutants} |")
     for backend in ("triton", "cuda"):
         cells: dict[str, dict[str, str]] = defaultdict(dict)
