@@ -98,7 +98,9 @@ def check_kernels(kernels: ModuleType) -> None:
 
 def check_bytes(kernels: ModuleType) -> None:
     """Every logit once, the support's K twice more forward and once more backward."""
-    inputs = common.Inputs(*(None if x is None else x[[0, 3, 6, 7]] for x in common.rows()))
+    every = common.rows()
+    tensors = {name: x[[0, 3, 6, 7]] for name, x in every._asdict().items() if x is not None}
+    inputs = every._replace(**tensors)
     count, upstream = 4, torch.tensor([1.0, 1.0, 0.0, 1.0])  # one row is not counted
     live = int(upstream.sum())
     present = int((inputs.ids >= 0)[upstream > 0].sum())
