@@ -39,6 +39,7 @@ from pydistill.ops._vocab_parallel_topk_divergence import (
 from pydistill.reference.topk_divergence import (
     ID_TWICE,
     SAVED,
+    SOUND,
     STATUS,
     Inputs,
     Options,
@@ -205,7 +206,7 @@ _registry.kernel(
 def _check_status(inputs: Inputs, status: Tensor) -> None:
     """Raises for an id that a row names twice, where reading that is free."""
     if _rows.values_readable(status) and bool((status == ID_TWICE).any()):
-        raise duplicate_ids(inputs.ids[status == ID_TWICE])
+        raise duplicate_ids(torch.where(status[:, None] == ID_TWICE, inputs.ids, -1))
 
 
 def _loss_rows(call: Call) -> Tensor:
@@ -213,7 +214,10 @@ def _loss_rows(call: Call) -> Tensor:
     inputs, options = call.inputs, call.options
     if call.shard is not None:
         op = _parallel_op(call, call.shard)
-        _check_status(inputs, support_status(inputs.ids, call.shard.total))
+        status = support_status(inputs.ids, call.shard.total)
+        if inputs.counted is not None:
+            status = torch.where(inputs.counted, status, SOUND)
+        _check_status(inputs, status)
         return parallel.rows(op, *inputs)[0]
     if call.backend == "reference":
         loss, status = topk_divergence_reference(inputs, options)
