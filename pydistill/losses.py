@@ -39,6 +39,7 @@ class Divergence(nn.Module):
         vocab: "equal", or "min" to compare the tokens that both sides have.
         convention: another project's reading of the kind, see `pydistill.CONVENTIONS`.
         overwrite_logits: writes the gradient over the student's logits during forward.
+        group: the `torch.distributed` group over which the vocabulary is sharded.
         impl: "auto", "reference", "cpu", "triton" or "cuda".
 
     Raises ValueError or TypeError at the call, as `pydistill.divergence` does.
@@ -59,6 +60,7 @@ class Divergence(nn.Module):
         vocab: str = "equal",
         convention: str | None = None,
         overwrite_logits: bool = False,
+        group: Any = None,
         impl: str = "auto",
     ) -> None:
         super().__init__()
@@ -75,6 +77,7 @@ class Divergence(nn.Module):
             "vocab": vocab,
             "convention": convention,
             "overwrite_logits": overwrite_logits,
+            "group": group,
             "impl": impl,
         }
 

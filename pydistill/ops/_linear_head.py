@@ -47,7 +47,8 @@ def check_head(
         if hasattr(x, "full_tensor"):
             raise TypeError(
                 f"{name} is a DTensor of {tuple(x.shape)}; pass {name}.full_tensor(), through which"
-                " gradients flow back to the shards."
+                " gradients flow back to the shards (with grad_placements=[Partial()] where each"
+                " process has rows of its own)."
             )
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device} and {names[0]} on {hidden.device}.")

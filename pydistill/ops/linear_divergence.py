@@ -71,8 +71,9 @@ def linear_divergence(
         student_hidden, teacher_hidden: `[..., H_s]`, `[..., H_t]`, the last hidden states, of one
             prefix. fp32, bf16, fp16; fp64 on the reference. The teacher's must not require grad.
         student_weight, teacher_weight: `[V, H_s]`, `[V, H_t]`, as `nn.Linear.weight`. A tensor that
-            does not require grad costs no work for its gradient. Sharded weights must be gathered:
-            `weight.full_tensor()` of FSDP2, `GatheredParameters` of ZeRO-3.
+            does not require grad costs no work for its gradient. Sharded weights must be gathered
+            (docs/vocab_parallel.md: `weight.full_tensor()` of FSDP2, `GatheredParameters` of
+            ZeRO-3), or stay where they are, with `group`.
         student_bias, teacher_bias: `[V]`.
         student_logit_scale, teacher_logit_scale: multiply the logits.
         student_softcap, teacher_softcap: c > 0, logits become c tanh(logits / c).

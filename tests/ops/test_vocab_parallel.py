@@ -64,7 +64,7 @@ def check(*values: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def register(function: Callable[..., None]) -> Callable[..., None]:
         for value in values or (None,):
             given = () if value is None else value if isinstance(value, tuple) else (value,)
-            name = "-".join([function.__name__, *map(str, given)])
+            name = "-".join([function.__name__, *map(str, given)]).replace(" ", "_")
             CHECKS[name] = lambda ranks, given=given: function(ranks, *given)
         return function
 
@@ -705,27 +705,29 @@ def flagged_rows_are_nan(ranks: Ranks) -> None:
         _rows.values_readable = readable
 
 
-@check()
-def a_weight_sharded_by_fsdp2(ranks: Ranks) -> None:
-    """Without a group: `full_tensor()` gathers the DTensor, and the gradient of the whole weight
-    arrives in the shards. The DTensor itself is refused, with and without a group."""
+@check("same rows", "rows of its own")
+def a_weight_sharded_by_fsdp2(ranks: Ranks, rows: str) -> None:
+    """Without a group: a DTensor's `full_tensor` gathers the weight, and its gradient arrives in
+    the shards. Where each process has rows of its own, `grad_placements` must say that they add up.
+    The DTensor itself is refused, with and without a group."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
     h = heads()
-    whole = h.local(slice(None))
-    pydistill.linear_divergence(*whole[:2], *whole[3:]).backward()
+    whole, own = h.local(slice(None)), slice(None)
+    if rows != "same rows":
+        own = slice(ROWS * ranks.rank // ranks.world, ROWS * (ranks.rank + 1) // ranks.world)
+    pydistill.linear_divergence(*whole[:2], *whole[3:], reduction="sum").backward()
     mesh = init_device_mesh("cpu", (ranks.world,))
     weight = torch.nn.Parameter(distribute_tensor(h.weight, mesh, [Shard(0)]))
-    gathered = weight.full_tensor()
-    pydistill.linear_divergence(h.hidden, gathered, *whole[3:]).backward()
+    placements = None if rows == "same rows" else [Partial("sum")]
+    gathered = weight.full_tensor(grad_placements=placements)
+    pydistill.linear_divergence(
+        h.hidden[own], gathered, h.teacher_hidden[own], h.teacher_weight, reduction="sum"
+    ).backward()
     assert isinstance(weight.grad, DTensor) and weight.grad.placements == (Shard(0),)
-    assert weight.grad.to_local().shape[0] < VOCAB
-    # Every process adds its gradient of the same rows: FSDP divides by their number.
-    full = weight.grad.full_tensor()
-    assert whole.weight.grad is not None
-    factor = 1.0 if torch.allclose(full, whole.weight.grad, rtol=1e-4, atol=1e-6) else ranks.world
-    close(full / factor, whole.weight.grad)
+    assert weight.grad.to_local().shape[0] < VOCAB and whole.weight.grad is not None
+    close(weight.grad.full_tensor(), whole.weight.grad)
     for group in (None, ranks.group):
         ranks.raises(
             TypeError,
