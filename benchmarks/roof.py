@@ -67,33 +67,37 @@ def take(
     numel: int = _NUMEL,
     mm: int = _MM,
 ) -> Roof:
-    """The best of `repeats` with torch's current number of threads: about two seconds. A rate that
-    takes longer than a second to repeat (bf16 products, where the processor has none) is the best
-    of two."""
+    """The best of `repeats` with torch's current number of threads: about two seconds.
+
+    bf16 products are measured on small matrices where those show that the processor has none: torch
+    then takes a minute for the large ones.
+    """
     a, b = _buffer(numel).zero_(), _buffer(numel).fill_(1.0)
-    x = torch.randn(mm, mm)
-    y, z = torch.randn(mm, mm), torch.empty(mm, mm)
-    x_bf16, y_bf16, z_bf16 = x.bfloat16(), y.bfloat16(), z.bfloat16()
-    flops = 2.0 * mm**3
-    work: dict[str, tuple[float, Callable[[], object]]] = {
-        "add": (12.0 * numel, lambda: a.add_(b)),
-        "copy": (8.0 * numel, lambda: a.copy_(b)),
-        "mm_fp32": (flops, lambda: torch.mm(x, y, out=z)),
-        "mm_bf16": (flops, lambda: torch.mm(x_bf16, y_bf16, out=z_bf16)),
-    }
-    rates = {}
-    with torch.no_grad():
-        for metric, (amount, run) in work.items():
+    x, y, z = torch.randn(mm, mm), torch.randn(mm, mm), torch.empty(mm, mm)
+    half = [m.bfloat16() for m in (x, y, z)]
+    small = [m[: mm // 8, : mm // 8].contiguous() for m in half]
+
+    def product(m: list[torch.Tensor]) -> tuple[float, Callable[[], object]]:
+        return 2.0 * len(m[0]) ** 3, lambda: torch.mm(m[0], m[1], out=m[2])
+
+    def rate(amount: float, run: Callable[[], object]) -> float:
+        run()
+        best = float("inf")
+        for _ in range(repeats):
+            start = clock()
             run()
-            best = begin = float("inf")
-            for count in range(repeats):
-                start = clock()
-                run()
-                end = clock()
-                begin, best = min(begin, start), min(best, end - start)
-                if count and end - begin > 1.0:
-                    break
-            rates[metric] = amount / best / 1e9
+            best = min(best, clock() - start)
+        return amount / best / 1e9
+
+    with torch.no_grad():
+        rates = {
+            "add": rate(12.0 * numel, lambda: a.add_(b)),
+            "copy": rate(8.0 * numel, lambda: a.copy_(b)),
+            "mm_fp32": rate(*product([x, y, z])),
+        }
+        few = rate(*product(small))
+        slow = few < rates["mm_fp32"] / 4
+        rates["mm_bf16"] = few if slow else rate(*product(half))
     return Roof(rates)
 
 

@@ -251,11 +251,22 @@ def test_a_roof_measured_for_the_first_time_says_so() -> None:
     assert "first measured in this very run (add)" in text
 
 
-def test_the_roof_counts_bytes_and_flops() -> None:
-    ticks = iter(range(1000))  # every run takes one second of this clock
-    found = roof.take(lambda: float(next(ticks)), repeats=2, numel=1000, mm=10)
+@pytest.mark.parametrize(("small", "bf16"), [(1.0, 1.6e-8), (1e-3, 8.192e-6)])
+def test_the_roof_counts_bytes_and_flops(small: float, bf16: float) -> None:
+    """Every run takes a second of this clock, but small bf16 products `small`: where those are
+    slow, they are the rate."""
+    takes = iter([1.0] * 6 + [small] * 2 + [1.0] * 2)
+    now = [0.0]
+    running = [False]
+
+    def clock() -> float:
+        now[0] += next(takes) if running[0] else 0.0
+        running[0] = not running[0]
+        return now[0]
+
+    found = roof.take(clock, repeats=2, numel=1000, mm=16)
     assert found.rates == pytest.approx(
-        {"add": 12e-6, "copy": 8e-6, "mm_fp32": 2e-6, "mm_bf16": 2e-6}
+        {"add": 12e-6, "copy": 8e-6, "mm_fp32": 8.192e-6, "mm_bf16": bf16}
     )
 
 
