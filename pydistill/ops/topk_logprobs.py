@@ -122,7 +122,10 @@ def topk_logprobs(
         with torch.no_grad():
             return _shaped(_forward_from_hidden(head, *numbers), shape)
     rows = _rows.flatten(logits)
-    if dual or torch._C._functorch.is_functorch_wrapped_tensor(rows):
+    wrapped = not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(
+        rows
+    )
+    if dual or wrapped:
         return _shaped(_TopkLogprobs.apply(rows, *numbers), shape)  # type: ignore[no-untyped-call]
     return _shaped(_forward(rows.detach(), *numbers), shape)
 
