@@ -208,10 +208,12 @@ def _table() -> list[Case]:
         add("equal_mass", 2, 96, kind, pattern="equal_mass")
         add("infinite", 8, 67, kind, pattern="infinite", marks=on_ladder)
         add("poisoned", 9, 67, kind, pattern="poisoned", marks=on_ladder)
+        # Mirrored rows of an odd size tie in the middle, where tvd's slope hangs on rounding.
+        columns = 128 if kind == "tvd" else 129
         if finite:
-            add("extreme", 6, 129, kind, pattern="extreme")
+            add("extreme", 6, columns, kind, pattern="extreme")
         if finite and kind != "adaptive_kl":  # ties at a mass of exactly 1/2 decide its head there
-            add("extreme", 6, 129, kind, pattern="extreme", dtypes=half[BF16])
+            add("extreme", 6, columns, kind, pattern="extreme", dtypes=half[BF16])
         add("per_row", 8, 200, kind, per_row=("temperature", "weight", *wide), scale_t2=True)
         add("per_row_mean", 8, 200, kind, per_row=("weight", *wide), reduction="mean",
             masked="third")  # fmt: skip
