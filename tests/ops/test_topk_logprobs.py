@@ -264,6 +264,8 @@ def test_wrong_arguments(name: str, impl: str) -> None:
 
 
 def test_kernels_flag_a_temperature_they_cannot_use(kernel_impl: str) -> None:
+    if not HAS_NATIVE:
+        pytest.skip("the reference leaves the temperature to the checks above it")
     for temperature in (0.0, -1.0, math.inf, math.nan):
         ids, logprobs = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3)
         tail, lse = torch.zeros(4), torch.zeros(4)
