@@ -1,8 +1,9 @@
 """What the case tables of the fused-linear operators share: heads, outputs and their sizes.
 
 A gradient that goes through a product is a sum of terms dz_j w_j whose dz_j is itself a
-difference of terms the size of q_j and p_j: its size is the same sum of absolute values. A gradient
-computed in forward is rounded there, and once more when it is multiplied by the upstream.
+difference of terms the size of q_j and p_j (of q_j times the row's sum of |dz| where that is more:
+chi2's q_j sum(p^2 / q)): its size is the same sum of absolute values. A gradient computed in forward
+is rounded there, and once more when it is multiplied by the upstream.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def truth(
     if inputs.get("weight") is not None:
         share = share * exact["weight"][..., None]
     t2 = t**2 if inputs.get("scale_t2") else torch.ones_like(t)
-    size = (slope.abs() + share * t2 / t.clamp(max=1) * q) * abs(head.scale)
+    each = torch.maximum(share * t2 / t.clamp(max=1), slope.abs().sum(-1, keepdim=True) / 2)
+    size = (slope.abs() + each * q) * abs(head.scale)
     size, hidden = size.reshape(-1, size.shape[-1]), head.hidden.reshape(-1, head.hidden.shape[-1])
     scales = {
         "loss": torch.tensor(1.0),
