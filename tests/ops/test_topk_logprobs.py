@@ -141,6 +141,16 @@ def test_every_place_of_the_best(k: int, everywhere: tuple[Tensor, Tensor], each
     assert torch.equal(ids[:, 0], torch.arange(len(x))) and torch.equal(ids, order[:, :k])
 
 
+def test_best_spread_over_every_group(each_cpu: str) -> None:
+    """A first bar made of fewer groups than K would lie above the K-th best."""
+    for k in range(2, 70):
+        for high in {8, 16, 32, 64, k - 1}:
+            x = torch.rand(1, 1300)
+            x[0, :high] = 9.0
+            ids = topk_logprobs(x, k, impl=each_cpu).ids
+            assert torch.equal(ids, torch.sort(x, descending=True, stable=True).indices[:, :k])
+
+
 @pytest.mark.parametrize("rise", [5.0, 30.0, 60.0, 95.0, 200.0, 5000.0, 1e30])
 def test_tails_beyond_the_range_of_exp(rise: float, each_cpu: str) -> None:
     x = torch.randn(4, 2500)

@@ -110,6 +110,7 @@ def _table() -> list[Case]:
         add("plain", 5, 1000, 16, dtype=dtype, marks=("ladder",))
         add("blocks", 4, 5000, 64, dtype=dtype)
         add("whole_blocks", 3, 4096, 100, dtype=dtype)
+        add("long", 3, 30000, 20, dtype=dtype)  # candidates are picked on the way, and pushed out
         add("many", 3, 3000, 700, dtype=dtype)
         add("odd", 3, 31, 5, dtype=dtype, marks=("ladder",))
         add("one_token", 3, 1, 1, dtype=dtype)
