@@ -69,15 +69,14 @@ def _token_logprob_forward(
         z = load_fp32(row_z + at, at < vocab)
         new_top = tl.maximum(top, tl.max(z, 0))
         raised = new_top > top
-        gap = tl.where(raised & (top > -INF), tl.minimum(k * (new_top - top), _GONE), 0.0)
+        gap = tl.where(raised, tl.minimum(k * (new_top - top), _GONE), 0.0)
         scale = tl.exp(-gap)
         depth = scale * (depth + (rest + ties) * gap)
         rest = tl.where(raised, scale * (rest + ties), rest)
         ties = tl.where(raised, 0.0, ties)
         top = new_top
-        shift = tl.where(top == -INF, 0.0, top)
-        d = tl.maximum(k * (z - shift), -FAR)
-        tie = z == shift
+        d = tl.maximum(k * (z - top), -FAR)  # which is -FAR while all are -inf
+        tie = z == top  # then all of them, until scale is 0
         e = tl.exp(d)
         e = tl.where(z != z, z, e)  # a maximum may have lost a NaN
         depth -= partial_sums(e * d, LANES)
@@ -85,7 +84,7 @@ def _token_logprob_forward(
         ties += partial_sums(tie.to(tl.float32), LANES)
     others = tl.sum(rest, 0).to(tl.float64) + (tl.sum(ties, 0) - 1.0)
     below = tl.sum(depth, 0).to(tl.float64) / (1.0 + others)
-    sound = (tl.abs(top) < INF) & (others < INF) & (k == k)
+    sound = (tl.abs(top) < INF) & (k == k)
     log_z = tl.where(sound, log1p(others), float("nan"))
     token = tl.load(ids + row)
     inside = (token >= 0) & (token < vocab)
@@ -114,7 +113,7 @@ def _token_logprob_backward(
     k = _inverse_temperature(row_params, row, temperature)
     top, log_z, depth = tl.load(base), tl.load(base + 1), tl.load(base + 2)
     at_token = -expm1(tl.load(base + 3))
-    flagged = (log_z != log_z) | (k != k) | (tl.load(base + 4) != 0.0)
+    flagged = tl.load(base + 4) != 0.0
     unused = (up == 0.0) & (up_entropy == 0.0)
     if flagged | unused:
         fill = tl.where(unused, 0.0, float("nan"))

@@ -4,7 +4,7 @@
 // One sweep adds up, about the maximum m so far, e = exp(k (x - m)) and e k (m - x). Elements equal
 // to m are counted, not summed: where one outweighs all others by 1e8, the sum of the others is
 // what both results are made of, and 1 + that sum has lost it. A block is summed about the old
-// maximum while its own is being found, and again if that is not below.
+// maximum while its own is being found, and again if that is above.
 #include "cpu/rows-inl.h"
 #include "cpu/token_logprob.h"
 
@@ -73,7 +73,6 @@ struct RowSums {
     ties += block.ties;
   }
 
-  bool Defined() const { return std::isfinite(max) && std::isfinite(rest + depth); }
   double LogZ() const { return std::log1p(rest + (ties - 1)); }
   double Depth() const { return depth / (rest + ties); }
 };
@@ -88,7 +87,7 @@ inline RowSums SumRow(Row& row, int64_t vocab, double inverse) {
           row.dtype == DType::kF32
               ? SumBlock<false>(row, Fp32At{row.At<float>(begin)}, begin, padded, k, sums.max)
               : SumBlock<false>(row, Bf16At{row.At<uint16_t>(begin)}, begin, padded, k, sums.max);
-      if (block.top < sums.max) {
+      if (block.top <= sums.max) {
         sums.Add(block);
         continue;
       }
@@ -140,7 +139,7 @@ void WriteGradient(const TokenArgs& a, Row& row, float k, float max, float c, fl
 inline void BackwardRow(const TokenArgs& a, int64_t r, char* out) {
   const float* saved = a.saved + r * kTokenSaved;
   const double k = InverseTemperature(a, r), log_z = saved[kTokenLogZ];
-  if (std::isnan(k + log_z) || saved[kTokenStatus] != 0.0f) {
+  if (saved[kTokenStatus] != 0.0f) {
     WriteRow(a, out, [](int64_t, int64_t, float* buffer) {
       for (int64_t i = 0; i < kBlock; ++i) buffer[i] = NAN;
     });
@@ -182,8 +181,7 @@ inline void token_logprob_forward(const TokenArgs& a, int64_t begin, int64_t end
     const double k = InverseTemperature(a, r);
     const RowSums sums = SumRow(row, a.logits.width, k);
     const bool inside = a.ids[r] >= 0 && a.ids[r] < a.logits.width;
-    const bool defined = sums.Defined();
-    const double log_z = defined ? sums.LogZ() : NAN, depth = sums.Depth();
+    const double log_z = std::isfinite(sums.max) ? sums.LogZ() : NAN, depth = sums.Depth();
     const double token = inside ? k * (double(row.Element(a.ids[r])) - sums.max) - log_z : NAN;
     a.logprob[r] = static_cast<float>(token);
     a.entropy[r] = static_cast<float>(inside ? log_z + depth : NAN);
