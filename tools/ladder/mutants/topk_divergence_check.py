@@ -42,7 +42,7 @@ def rows() -> Inputs:
     t[3, 220:290] += 9.0
     ids[3] = torch.arange(220, 290).flip(0)
     ids[1, 0] = next(j for j in range(VOCAB) if j not in ids[1])  # the teacher finds it unlikely
-    s[0, ids[0, 33]] = 8.0
+    s[0, ids[0, SLOTS - 2]] = 8.0
     s[1, ids[1, 0]] = 25.0
     s[2, next(j for j in range(550, VOCAB) if j not in ids[2])] = 26.0
     s[4, -20:] = -torch.inf
