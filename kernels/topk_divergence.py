@@ -27,9 +27,8 @@ from pydistill.kernels._common.divergences import FORWARD_KL, JSD, REVERSE_KL, T
 from pydistill.kernels._common.launch import compiler_options, on_device
 from pydistill.kernels._common.numerics import INF, load_fp32, partial_sums
 
-SAVED = tl.constexpr(
-    7
-)  # max s, log Z, log of q's scale on the support, c, its rest, h_t - c, status
+# max s, max s outside S, log of q's scale on S, c, its rest, the slope outside S, status
+SAVED = tl.constexpr(7)
 # The numbers of `pydistill.reference.topk_divergence`.
 WITH_TAIL, SUPPORT_ONLY, TRUNCATED = map(tl.constexpr, range(3))
 ID_OUT_OF_RANGE, ID_TWICE = tl.constexpr(1), tl.constexpr(2)
@@ -52,34 +51,32 @@ def _parameters(row_params, row, temperature, beta):
 
 @triton.jit
 def _cell(log_p, log_q, beta, KIND: tl.constexpr, TRUNCATE: tl.constexpr):
-    """A cell's term of D, q, q h and h; fp64 in and out. The term is inf where D is, and NaN where
+    """A cell's term of D, q and q h; fp64 in and out. The term is inf where D is, and NaN where
     log p or log q is."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     d = log_p - log_q
     if KIND == FORWARD_KL:
-        h, q_h, term = 1.0 - tl.exp(d), q - p, tl.where(p == 0.0, 0.0, p * d)
+        q_h, term = q - p, tl.where(p == 0.0, 0.0, p * d)
         if TRUNCATE:
-            h, q_h = -tl.exp(d), -p
+            q_h = -p
         else:
             term += q_h
     elif KIND == REVERSE_KL:
-        h, q_h = -d, tl.where(q == 0.0, 0.0, -q * d)
+        q_h = tl.where(q == 0.0, 0.0, -q * d)
         term = q_h
         if TRUNCATE:
-            h, q_h = 1.0 - d, q + q_h
+            q_h = q + q_h
         else:
             term -= q - p
     elif KIND == JSD:
         log_m = tl.log(beta * p + (1.0 - beta) * q)
-        h = -(1.0 - beta) * tl.log(1.0 - beta + beta * tl.exp(tl.minimum(d, 700.0)))
         q_h = tl.where(q == 0.0, 0.0, (1.0 - beta) * q * (log_q - log_m))
         term = tl.where(p == 0.0, 0.0, beta * p * (log_p - log_m)) + q_h
     else:
         tl.static_assert(KIND == TVD)
-        h = tl.where(d > 0.0, -0.5, tl.where(d < 0.0, 0.5, 0.0))
-        q_h = q * h
+        q_h = q * tl.where(d > 0.0, -0.5, tl.where(d < 0.0, 0.5, 0.0))
         term = 0.5 * tl.abs(p - q)
-    return term, q, q_h, h
+    return term, q, q_h
 
 
 @triton.jit
@@ -137,8 +134,8 @@ def _outside_sums(
         top = new_top
     status = tl.where(token == vocab, ID_OUT_OF_RANGE, tl.where(twice, ID_TWICE, 0))
     base = saved + row * SAVED
-    tl.store(base, top)
-    tl.store(base + 1, tl.sum(z, 0))
+    tl.store(base + 1, top)
+    tl.store(base + 5, tl.sum(z, 0))
     tl.store(base + 6, status.to(tl.float32))
 
 
@@ -160,14 +157,14 @@ def _support_sums(row_s, ids, slots, vocab, k, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _store_saved(saved, row, max_s, log_z, log_q_scale, centre, centre_low, off, status):
+def _store_saved(saved, row, max_s, outside_max, log_q_scale, centre, centre_low, slope, status):
     base = saved + row * SAVED
     tl.store(base, max_s)
-    tl.store(base + 1, log_z)
+    tl.store(base + 1, outside_max)
     tl.store(base + 2, log_q_scale)
     tl.store(base + 3, centre)
     tl.store(base + 4, centre_low)
-    tl.store(base + 5, off)
+    tl.store(base + 5, slope)
     tl.store(base + 6, status)
 
 
@@ -194,7 +191,7 @@ def _topk_divergence_forward(
     beta = beta.to(tl.float64)
 
     base = saved + row * SAVED
-    tail_top, tail_z, status = tl.load(base), tl.load(base + 1), tl.load(base + 6)
+    tail_top, tail_z, status = tl.load(base + 1), tl.load(base + 5), tl.load(base + 6)
     top, z, tokens = _support_sums(row_s, ids, slots, vocab, k, SLOTS)
     max_s = tl.maximum(top, tail_top)
     log_support = tl.log(z) + (k * (top - max_s)).to(tl.float64)
@@ -215,28 +212,32 @@ def _topk_divergence_forward(
         if log_tail is not None:
             log_p_t = tl.where(tokens < vocab, tl.load(log_tail + row).to(tl.float64), -INF)
     TRUNCATE: tl.constexpr = MODE == TRUNCATED
-    value, _q_t, centre, h_t = _cell(log_p_t, log_q_t, beta, KIND, TRUNCATE)
+    value, q_t, q_h_t = _cell(log_p_t, log_q_t, beta, KIND, TRUNCATE)
+    centre = q_h_t
     wide_k, log_q_scale = k.to(tl.float64), scale.to(tl.float64)  # as backward will read it
     for begin in range(0, slots, SLOTS):
         token, present = _support(ids, slots, vocab, begin, SLOTS)
         log_p_here, log_q = _on_support(
             row_s, log_p, token, present, begin, wide_k, max_s, log_q_scale, SLOTS
         )
-        term, _q, q_h, _h = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
+        term, _q, q_h = _cell(log_p_here, log_q, beta, KIND, TRUNCATE)
         value += tl.sum(term, 0)
         centre += tl.sum(q_h, 0)
     value = tl.where(valid, value, nan)
     centre = tl.where(value < INF, centre, nan)
-    off = -centre
-    if MODE == SUPPORT_ONLY:
-        off = tl.where(centre == centre, 0.0, nan)
-    elif MODE == WITH_TAIL:
-        off = tl.where(log_q_t > -INF, off + h_t, off)
+    # Outside S the gradient is (q_h_t - q_t c) times a token's share of the tail: q_t may be too
+    # small for fp32, or h_t too large.
+    slope = tl.where(centre == centre, 0.0, nan)
+    if MODE == WITH_TAIL:
+        slope = tl.where(log_q_t > -INF, (q_h_t - q_t * centre) / tail_z.to(tl.float64), slope)
+    elif MODE == TRUNCATED:
+        q_t = tl.exp(log_outside - log_z)
+        slope = tl.where(log_outside > -INF, -q_t * centre / tail_z.to(tl.float64), slope)
 
     high = centre.to(tl.float32)
     _store_saved(
-        saved, row, tl.where(valid, max_s, nan), tl.where(valid, log_z.to(tl.float32), nan),
-        tl.where(valid, scale, nan), high, (centre - high).to(tl.float32), off.to(tl.float32),
+        saved, row, tl.where(valid, max_s, nan), tl.where(valid, tail_top, nan),
+        tl.where(valid, scale, nan), high, (centre - high).to(tl.float32), slope.to(tl.float32),
         status,
     )  # fmt: skip
     row_loss = value.to(tl.float32)
@@ -273,7 +274,7 @@ def _support_gradient(
             log_p_here, log_q = _on_support(
                 row_s, log_p, token, present, begin, k, max_s, log_q_scale, SLOTS
             )
-            _term, q, q_h, _h = _cell(log_p_here, log_q, own_beta, KIND, TRUNCATE)
+            _term, q, q_h = _cell(log_p_here, log_q, own_beta, KIND, TRUNCATE)
             gradient = soft * (q_h - q * centre).to(tl.float32)
             slot = begin + tl.arange(0, SLOTS)
             tl.store(values + row * slots + slot, gradient, mask=present)
@@ -289,22 +290,22 @@ def _outside_gradient(
     row = tl.program_id(0).to(tl.int64)
     row_s, row_g = student + row * student_stride, grad + row * grad_stride
     base = saved + row * SAVED
-    centre, off = tl.load(base + 3), tl.load(base + 5)
+    centre, slope = tl.load(base + 3), tl.load(base + 5)
     lanes = tl.arange(0, BLOCK)
     upstream = tl.load(upstreams + row)
     constant = tl.where((centre == centre) | (upstream == 0.0), 0.0, float("nan"))
-    if (upstream == 0.0) | (off == 0.0) | (constant != constant):
+    if (upstream == 0.0) | (slope == 0.0) | (constant != constant):
         for start in range(0, columns, BLOCK):
             at = start + lanes
             value = tl.full((BLOCK,), 0.0, tl.float32) + constant
             tl.store(row_g + at, value.to(grad.dtype.element_ty), mask=at < columns)
     else:
         k, _own_beta, soft = _slope(row_params, upstreams, row, temperature, beta, SCALE_T2)
-        max_s, factor = tl.load(base), soft * off * tl.exp(-tl.load(base + 1))
+        outside_max, factor = tl.load(base + 1), soft * slope
         for start in range(0, columns, BLOCK):
             at = start + lanes
             s = load_fp32(row_s + at, at < columns)
-            gradient = factor * tl.exp(k * (s - max_s))
+            gradient = factor * tl.exp(k * (s - outside_max))
             tl.store(row_g + at, gradient.to(grad.dtype.element_ty), mask=at < columns)
 
 

@@ -137,8 +137,9 @@ inline Support TakeSupport(const TopkArgs& a, int64_t r, Row& row, float k, floa
 
 // log of the mass outside the support, relative to the row's maximum: k (x - max) summed over the
 // unmarked. Where the exponentials about the row's maximum have underflowed, again about the
-// tail's own.
-inline double LogTail(Row& row, int64_t vocab, float k, float max, const Memory& m) {
+// tail's own, which `tail_max` then is.
+inline double LogTail(Row& row, int64_t vocab, float k, float max, const Memory& m,
+                      float& tail_max) {
   double tail = 0;
   for (int64_t begin = 0; begin < vocab; begin += kBlock) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
@@ -168,6 +169,7 @@ inline double LogTail(Row& row, int64_t vocab, float k, float max, const Memory&
     }
     if (own.max == -INFINITY) return -INFINITY;
   }
+  tail_max = own.max;
   return std::log(own.z) + double(k) * (double(own.max) - max);
 }
 
@@ -197,13 +199,21 @@ PD_INLINE Term CellTerm(const Shape& shape, const Tokens& t, bool truncated) {
   }
 }
 
-// h of the tail's cell, with the constants of CellTerm.
+// q (h - c) of the tail's cell, with the constants of CellTerm. Where q is next to nothing, h may
+// be beyond fp64, and q h is not.
 template <Kind kind>
-double TailSlope(double d, double beta) {
-  if (kind == Kind::kForwardKl) return -std::expm1(d);
-  if (kind == Kind::kReverseKl) return -d;
-  if (kind == Kind::kJsd) return (1 - beta) * -std::log1p(beta * std::expm1(d));
-  return d > 0 ? -0.5 : (d < 0 ? 0.5 : 0.0);
+double TailSlope(double log_p, double log_q, double centre, double beta) {
+  const double d = log_p - log_q, q = std::exp(log_q);
+  if (kind == Kind::kForwardKl) {
+    return d > 30 ? q - std::exp(log_p) - q * centre : q * (-std::expm1(d) - centre);
+  }
+  if (q == 0) return 0;
+  if (kind == Kind::kReverseKl) return q * (-d - centre);
+  if (kind == Kind::kJsd) {
+    const double ratio = d > 700 ? d + std::log(beta) : std::log1p(beta * std::expm1(d));
+    return q * ((1 - beta) * -ratio - centre);
+  }
+  return q * ((d > 0 ? -0.5 : (d < 0 ? 0.5 : 0.0)) - centre);
 }
 
 // c = sum q h over the cells, of which q and q h are in scratch, and one of h = 0 if `outside` is
@@ -224,10 +234,11 @@ inline double Centre(const Memory& m, int64_t cells, double outside) {
   return h + sum;
 }
 
-// What forward finds of a row. log q = k (s - max) - log_q_scale on the support.
+// What forward finds of a row. log q = k (s - max) - log_q_scale on the support; the gradient is
+// outside_slope exp(k (s - outside_max)) outside it.
 struct Found {
-  float max;
-  double log_z, log_q_scale, value, centre, off;
+  float max, outside_max;
+  double log_q_scale, value, centre, outside_slope;
 };
 
 template <Kind kind>
@@ -239,11 +250,11 @@ TopkStatus ForwardRow(const TopkArgs& a, int64_t r, Row& row, const RowParams& p
   const Support taken = TakeSupport(a, r, row, p.k, sum.max, m);
   if (taken.status != kSound) return taken.status;
   if (!(sum.z > 0) || !std::isfinite(sum.z)) return kSound;
-  found.max = sum.max;
-  found.log_z = found.log_q_scale = std::log(sum.z);
+  found.max = found.outside_max = sum.max;
+  found.log_q_scale = std::log(sum.z);
   const int64_t support = taken.count;
   int64_t cells = support;
-  double log_q_tail = -INFINITY, log_p_tail = -INFINITY, q_outside = 0;
+  double log_q_tail = -INFINITY, log_p_tail = -INFINITY, log_outside = -INFINITY;
   if (a.mode == TailMode::kSupportOnly) {
     float top = -INFINITY;
     for (int64_t j = 0; j < support; ++j) top = m.s[j] > top ? m.s[j] : top;
@@ -256,16 +267,19 @@ TopkStatus ForwardRow(const TopkArgs& a, int64_t r, Row& row, const RowParams& p
     // has lost its small terms in fp32: the normaliser is made of the two parts.
     const bool plain = taken.z <= 0.5 * sum.z;
     const double log_tail =
-        plain ? std::log(sum.z - taken.z) : LogTail(row, vocab, p.k, sum.max, m);
-    found.log_z = found.log_q_scale = std::log(taken.z + std::exp(log_tail));
-    q_outside = std::exp(log_tail - found.log_z);
+        plain ? std::log(sum.z - taken.z) : LogTail(row, vocab, p.k, sum.max, m, found.outside_max);
+    found.log_q_scale = std::log(taken.z + std::exp(log_tail));
+    log_outside = log_tail - found.log_q_scale;
     if (a.mode == TailMode::kWithTail) {
-      log_q_tail = log_tail - found.log_z;
+      log_q_tail = log_outside;
       log_p_tail = a.log_tail == nullptr ? -INFINITY : a.log_tail[r];
       m.log_p[cells] = static_cast<float>(log_p_tail);
       m.s[cells++] = static_cast<float>(log_q_tail);
     }
   }
+  // A sum outside of the exponentials that backward takes there.
+  const double log_sum =
+      log_outside + found.log_q_scale - double(p.k) * (double(found.outside_max) - found.max);
   // As backward will: where p and q all but agree, tvd's sign must come out the same.
   found.log_q_scale = static_cast<float>(found.log_q_scale);
   for (int64_t j = 0; j < support; ++j) {
@@ -292,15 +306,15 @@ TopkStatus ForwardRow(const TopkArgs& a, int64_t r, Row& row, const RowParams& p
     Store(term.qh, m.log_p + i);
   }
   found.value = value;
-  found.centre = Centre(m, cells, truncated ? -q_outside : 0.0);
-  found.off = -found.centre;
+  found.centre = Centre(m, cells, truncated ? -std::exp(log_outside) : 0.0);
+  found.outside_slope = 0;
   if (infinite) {
     found.value = std::isnan(value) ? NAN : INFINITY;
-    found.centre = found.off = NAN;
-  } else if (a.mode == TailMode::kSupportOnly) {
-    found.off = 0;
-  } else if (log_q_tail > -INFINITY) {
-    found.off += TailSlope<kind>(log_p_tail - log_q_tail, p.beta);
+    found.centre = found.outside_slope = NAN;
+  } else if (log_outside > -INFINITY) {
+    const double slope = truncated ? -std::exp(log_outside) * found.centre
+                                   : TailSlope<kind>(log_p_tail, log_q_tail, found.centre, p.beta);
+    found.outside_slope = slope * std::exp(-log_sum);
   }
   return kSound;
 }
@@ -311,11 +325,11 @@ inline void Save(const TopkArgs& a, int64_t r, const RowParams& p, const Found& 
   const bool sound = !std::isnan(found.value);
   a.loss[r] = sound ? static_cast<float>(found.value * p.t2) : NAN;
   saved[kTopkMaxS] = sound ? found.max : NAN;
-  saved[kTopkLogZ] = sound ? static_cast<float>(found.log_z) : NAN;
+  saved[kTopkOutsideMax] = sound ? found.outside_max : NAN;
   saved[kTopkLogQScale] = sound ? static_cast<float>(found.log_q_scale) : NAN;
   saved[kTopkCentre] = sound ? static_cast<float>(found.centre) : NAN;
   saved[kTopkCentreLow] = sound ? static_cast<float>(found.centre - saved[kTopkCentre]) : NAN;
-  saved[kTopkOff] = sound ? static_cast<float>(found.off) : NAN;
+  saved[kTopkOutsideSlope] = sound ? static_cast<float>(found.outside_slope) : NAN;
   saved[kTopkStatus] = static_cast<float>(status);
 }
 
@@ -376,8 +390,9 @@ inline void CollectSupport(const TopkArgs& a, int64_t r, Row& row, float* s) {
   }
 }
 
-// c q over the whole row, from the logits.
-inline void ScaledSoftmax(const TopkArgs& a, Row& row, float k, float max, float c, char* out) {
+// c exp(k (s - max)) over the whole row, from the logits. `max` is that of the tokens outside the
+// support; what comes out on the support FixSupport writes over.
+inline void ScaledExps(const TopkArgs& a, Row& row, float k, float max, float c, char* out) {
   alignas(64) float buffer[kBlock];
   const V scale = Set(k), about = Set(max), factor = Set(c);
   for (int64_t begin = 0; begin < a.student.width; begin += kBlock) {
@@ -395,9 +410,8 @@ inline void ScaledSoftmax(const TopkArgs& a, Row& row, float k, float max, float
   }
 }
 
-// c q over the whole row, from the exponentials that forward kept (marks included: FixSupport
-// writes over those).
-inline void ScaledExps(const TopkArgs& a, const Memory& m, float k, float max, double c,
+// The same from the exponentials that forward kept, marks included.
+inline void ScaledKept(const TopkArgs& a, const Memory& m, float k, float max, double c,
                        char* out) {
   alignas(64) float buffer[kBlock];
   for (int64_t begin = 0; begin < a.student.width; begin += kBlock) {
@@ -458,11 +472,10 @@ void Backward(const TopkArgs& a, int64_t begin, int64_t end, float* scratch) {
     Row row(StudentRow(a, r), a.student.dtype);
     const float soft = a.grad_rows[r] * p.t2 * p.k;
     CollectSupport(a, r, row, m.s);
-    if (saved[kTopkOff] == 0.0f) {
+    if (saved[kTopkOutsideSlope] == 0.0f) {
       ZeroColumns(out, a.student.dtype, 0, a.student.width);
     } else {
-      const double c = double(soft) * saved[kTopkOff] * std::exp(-double(saved[kTopkLogZ]));
-      ScaledSoftmax(a, row, p.k, saved[kTopkMaxS], static_cast<float>(c), out);
+      ScaledExps(a, row, p.k, saved[kTopkOutsideMax], soft * saved[kTopkOutsideSlope], out);
     }
     FixSupport<kind>(a, r, p, saved, soft, m.s, out);
   }
@@ -494,7 +507,12 @@ void Overwrite(const TopkArgs& a, int64_t begin, int64_t end, float* scratch) {
     }
     const float soft = a.grad_rows[r] * p.t2 * p.k;
     CollectSupport(a, r, row, m.s);
-    ScaledExps(a, m, p.k, found.max, double(soft) * found.off * std::exp(-found.log_z), out);
+    if (found.outside_max == found.max) {
+      ScaledKept(a, m, p.k, found.max, soft * found.outside_slope, out);
+    } else {  // those that forward kept have underflowed
+      const double c = soft * found.outside_slope;
+      ScaledExps(a, row, p.k, found.outside_max, static_cast<float>(c), out);
+    }
     FixSupport<kind>(a, r, p, saved, soft, m.s, out);
   }
 }

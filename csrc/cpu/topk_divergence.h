@@ -13,11 +13,11 @@ namespace pd {
 enum class TailMode : int { kWithTail = 0, kSupportOnly, kTruncated };
 enum TopkSaved {
   kTopkMaxS,
-  kTopkLogZ,
+  kTopkOutsideMax,
   kTopkLogQScale,
   kTopkCentre,
   kTopkCentreLow,
-  kTopkOff,
+  kTopkOutsideSlope,
   kTopkStatus,
   kTopkSaved
 };

@@ -23,7 +23,7 @@ namespace {
 
 enum Kind : int { kForwardKl, kReverseKl, kJsd, kTvd, kKinds };
 enum TailMode : int { kWithTail, kSupportOnly, kTruncated };
-enum { kMaxS, kLogZ, kLogQScale, kCentre, kCentreLow, kOff, kStatus, kSaved };
+enum { kMaxS, kOutsideMax, kLogQScale, kCentre, kCentreLow, kOutsideSlope, kStatus, kSaved };
 enum Status : int { kSound, kIdOutOfRange, kIdTwice };
 
 constexpr int kBlock = 256;
@@ -108,9 +108,9 @@ __device__ __forceinline__ Sums block_total(const Sums& mine, float k2, float* s
   return {most, block_reduce<kThreads>(z, Sum{}, wide_scratch)};
 }
 
-// A cell's term of D, q, q h and h = dD/dq. The term is inf where D is, and NaN where log p is.
+// A cell's term of D, q and q h, h = dD/dq. The term is inf where D is, and NaN where log p is.
 struct Cell {
-  double term, q, q_h, h;
+  double term, q, q_h;
 };
 
 __device__ Cell cell_of(int kind, bool truncated, double beta, double log_p, double log_q) {
@@ -118,23 +118,22 @@ __device__ Cell cell_of(int kind, bool truncated, double beta, double log_p, dou
   const double d = log_p - log_q;
   if (kind == kForwardKl) {
     const double term = p == 0.0 ? 0.0 : p * d;
-    if (truncated) return {term, q, -p, -exp(d)};
-    return {term + (q - p), q, q - p, 1.0 - exp(d)};
+    if (truncated) return {term, q, -p};
+    return {term + (q - p), q, q - p};
   }
   if (kind == kReverseKl) {
     const double term = q == 0.0 ? 0.0 : -q * d;
-    if (truncated) return {term, q, q + term, 1.0 - d};
-    return {term - (q - p), q, term, -d};
+    if (truncated) return {term, q, q + term};
+    return {term - (q - p), q, term};
   }
   if (kind == kJsd) {
     const double log_m = log(beta * p + (1.0 - beta) * q);
     const double of_p = p == 0.0 ? 0.0 : beta * p * (log_p - log_m);
     const double of_q = q == 0.0 ? 0.0 : (1.0 - beta) * q * (log_q - log_m);
-    const double h = -(1.0 - beta) * log(1.0 - beta + beta * exp(fmin(d, 700.0)));
-    return {of_p + of_q, q, of_q, h};
+    return {of_p + of_q, q, of_q};
   }
   const double h = d > 0.0 ? -0.5 : (d < 0.0 ? 0.5 : 0.0);
-  return {0.5 * fabs(p - q), q, q * h, h};
+  return {0.5 * fabs(p - q), q, q * h};
 }
 
 // A row that is not counted, or is flagged: loss and gradient are `value`.
@@ -146,8 +145,8 @@ __device__ void write_constant(const TopkDivergenceCall& call, int64_t row, floa
         threadIdx.x == kStatus ? static_cast<float>(status) : value;
 }
 
-// Outside the support: the row's maximum and sum go to the first two columns of `saved`, its status
-// to the last.
+// Outside the support: the row's maximum and sum go to the columns of `saved` for its maximum and
+// slope, its status to the last.
 template <class S>
 __global__ void __launch_bounds__(kBlock, 6)
     topk_divergence_outside(const __grid_constant__ TopkDivergenceCall call) {
@@ -189,8 +188,8 @@ __global__ void __launch_bounds__(kBlock, 6)
   const Sums outside = block_total<kBlock>({max, z}, row.k2, scratch, wide_scratch);
   if (threadIdx.x != 0) return;
   float* saved = call.saved + index * kSaved;
-  saved[kMaxS] = outside.max;
-  saved[kLogZ] = static_cast<float>(outside.z);
+  saved[kOutsideMax] = outside.max;
+  saved[kOutsideSlope] = static_cast<float>(outside.z);
   saved[kStatus] = out_of_range ? kIdOutOfRange : (twice ? kIdTwice : kSound);
 }
 
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(kCellBlock, 10)
   if (call.counted && !call.counted[index]) return write_constant(call, index, 0.0f, kSound);
   const Row row(call, index);
   float* saved = call.saved + index * kSaved;
-  const Sums outside{saved[kMaxS], saved[kLogZ]};
+  const Sums outside{saved[kOutsideMax], saved[kOutsideSlope]};
   const int status = static_cast<int>(saved[kStatus]);
   __syncthreads();  // `saved` is written from here on
   if (status != kSound || !row.are_parameters_valid(call.kind))
@@ -250,30 +249,34 @@ __global__ void __launch_bounds__(kCellBlock, 10)
   block_reduce_each<kCellBlock>(sums, Sum{}, wide_scratch);
   if (threadIdx.x != 0) return;
 
-  double value = sums[0], centre = sums[1], slope = 0.0;
+  double value = sums[0], centre = sums[1];
+  Cell tail{0.0, 0.0, 0.0};
   // The tail's cell; with S the whole vocabulary there is none.
   if (call.mode == kWithTail && tokens < row.vocab) {
     const double log_p = call.log_tail ? call.log_tail[index] : -INFINITY;
     const double log_q = log_outside - log_z;
-    const Cell tail = cell_of(call.kind, false, row.beta, log_p, log_q);
+    tail = cell_of(call.kind, false, row.beta, log_p, log_q);
     value += tail.term;
     centre += tail.q_h;
-    if (log_q > -INFINITY) slope = tail.h;
   }
+  if (truncated) tail.q = exp(log_outside - log_z);
   // NaN and +inf logits made the sums NaN, a row of -inf left both at 0.
   const bool sound = both > 0.0 && both < INFINITY && !(only && !(support.z > 0.0));
   if (!sound) value = NAN;
   if (!(value < INFINITY)) centre = NAN;
-  const double off = only && !isnan(centre) ? 0.0 : slope - centre;
+  // Outside S the gradient is (q_h - q c) of the tail times a token's share of it: q may be too
+  // small for fp32, or h too large.
+  double slope = tail.q_h - tail.q * centre;
+  if (!isnan(centre)) slope = outside.z > 0.0 ? slope / outside.z : 0.0;
   const float t2 = call.scale_t2 ? row.temperature * row.temperature : 1.0f;
   const float high = static_cast<float>(centre);
   call.loss[index] = t2 * static_cast<float>(value);
   saved[kMaxS] = sound ? max_s : NAN;
-  saved[kLogZ] = sound ? static_cast<float>(log_z) : NAN;
+  saved[kOutsideMax] = sound ? outside.max : NAN;
   saved[kLogQScale] = sound ? scale : NAN;
   saved[kCentre] = high;
   saved[kCentreLow] = static_cast<float>(centre - high);
-  saved[kOff] = static_cast<float>(off);
+  saved[kOutsideSlope] = static_cast<float>(slope);
 }
 
 // The sweep writes all but the support, whose logits are still there when their turn comes, also
@@ -288,17 +291,18 @@ __global__ void __launch_bounds__(kBlock, 4)
   if (threadIdx.x < kSaved) saved[threadIdx.x] = call.saved[index * kSaved + threadIdx.x];
   if (threadIdx.x == kSaved) saved[kSaved] = call.grad_rows[index];
   __syncthreads();
-  const float max_s = saved[kMaxS], off = saved[kOff], upstream = saved[kSaved];
+  const float max_s = saved[kMaxS], outside_max = saved[kOutsideMax];
+  const float slope = saved[kOutsideSlope], upstream = saved[kSaved];
   const S* student = static_cast<const S*>(call.student) + index * call.student_stride;
   S* grad = static_cast<S*>(call.grad) + index * call.grad_stride;
   const int origin = tile_origin(student);
   const bool wide = is_wide_aligned(grad + origin);
   const bool constant = upstream == 0.0f || isnan(saved[kCentre]);
-  const bool is_read = !constant && off != 0.0f;
+  const bool is_read = !constant && slope != 0.0f;
   const float t2 = call.scale_t2 ? row.temperature * row.temperature : 1.0f;
   const float soft = upstream * t2 / row.temperature;
   float factor = 0.0f;
-  if (is_read) factor = soft * off * expf(-saved[kLogZ]);
+  if (is_read) factor = soft * slope;
   if (constant && upstream != 0.0f) factor = NAN;
 
   for (int first = origin; first < row.vocab; first += kStretch) {
@@ -310,7 +314,7 @@ __global__ void __launch_bounds__(kBlock, 4)
       if (is_read) load_tile(student, start, row.vocab, true, -INFINITY, s);
 #pragma unroll
       for (int i = 0; i < kTile; ++i)
-        s[i] = is_read ? factor * exp2f(row.k2 * (s[i] - max_s)) : factor;
+        s[i] = is_read ? factor * exp2f(row.k2 * (s[i] - outside_max)) : factor;
       const unsigned mine = constant ? 0u : bits_of(bits, tile);
       if (mine == 0u) {
         store_tile(grad, start, row.vocab, wide, s);

@@ -294,4 +294,5 @@ def _teacher(
 def _nothing(log_p: Tensor, tail: str, dtype: torch.dtype) -> Tensor | None:
     if TAILS[tail] != WITH_TAIL:
         return None
-    return torch.full((log_p.shape[0],), -math.inf, dtype=dtype, device=log_p.device)
+    empty = (log_p == -math.inf).all(-1)  # nothing to normalise, and no cell to say so
+    return torch.where(empty, math.nan, -math.inf).to(dtype)

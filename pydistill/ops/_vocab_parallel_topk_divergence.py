@@ -51,6 +51,7 @@ def topk_forward(shard: Shard, inputs: topk.Inputs, options: topk.Options) -> tu
     top = every[..., 0].amax(1, keepdim=True)
     s = torch.where(present, s, -math.inf)
     tail_top, log_tail = merge(every[..., 1], every[..., 2], k)
+    relative = log_tail  # to the tail's own maximum
     log_tail = log_tail + k * (tail_top - top)  # all relative to the row's maximum
     support_top, z = sum_exp(s, k)
     log_support = z.log() + k * (support_top - top)
@@ -75,22 +76,23 @@ def topk_forward(shard: Shard, inputs: topk.Inputs, options: topk.Options) -> tu
     no_q = ((log_q == -math.inf) & (t.p > 0)).any(1, keepdim=True)
     no_p = ((log_p == -math.inf) & (t.q > 0)).any(1, keepdim=True)
     sound = sound & ~torch.isnan(log_p).any(1, keepdim=True)
-    outside = -log_q_tail.exp() if options.mode == topk.TRUNCATED else torch.zeros_like(loss)
+    q_tail = log_q_tail.exp()
+    outside = -q_tail if options.mode == topk.TRUNCATED else torch.zeros_like(loss)
     centre = _cell_centre(t.q, q_h, outside)
-    off = -centre
-    if options.mode == topk.SUPPORT_ONLY:
-        off = torch.zeros_like(off)
+    slope = torch.zeros_like(centre)
+    if options.mode == topk.TRUNCATED:
+        slope = -q_tail * centre
     elif with_tail:
-        d = torch.where(log_q_tail > -math.inf, log_p_tail - log_q_tail.float().double(), 0)
-        off = off + _tail_slope(name, d, b)
+        slope = q_h[:, -1:] - t.q[:, -1:] * centre
+    slope = torch.where(log_q_tail > -math.inf, slope * (-relative).exp(), 0)
     infinite = no_q if name == "forward_kl" else no_p
     if name in ("forward_kl", "reverse_kl"):
         loss = torch.where(infinite, math.inf, loss)
-        centre, off = (torch.where(infinite, math.nan, x) for x in (centre, off))
+        centre, slope = (torch.where(infinite, math.nan, x) for x in (centre, slope))
     if options.scale_t2:
         loss = loss * temperature[chosen].double() ** 2
     low = centre - centre.float().double()
-    kept = torch.cat([top, log_z, log_scale, centre, low, off], 1)
+    kept = torch.cat([top, tail_top, log_scale, centre, low, slope], 1)
     kept, loss = (torch.where(sound, x, math.nan) for x in (kept, loss))
     saved = spread(kept, counted, chosen, device)
     saved = torch.cat([saved, torch.where(counted, status, 0).float()[:, None]], 1)
@@ -136,17 +138,6 @@ def _cell_centre(q: Tensor, q_h: Tensor, outside: Tensor) -> Tensor:
     return h + outside * h + (q_h - q * h).sum(1, keepdim=True)
 
 
-def _tail_slope(name: str, d: Tensor, b: Tensor) -> Tensor:
-    """h of the tail's cell."""
-    if name == "forward_kl":
-        return -torch.expm1(d)
-    if name == "reverse_kl":
-        return -d
-    if name == "jsd":
-        return (1 - b) * -torch.log1p(b * torch.expm1(d))
-    return -0.5 * torch.sign(d)
-
-
 def topk_backward(
     inputs: topk.Inputs,
     options: topk.Options,
@@ -160,7 +151,7 @@ def topk_backward(
         inputs.params, options, grad_rows.shape[0], grad_rows.device
     )
     kept, k = saved.double()[:, :, None], inverse(temperature)
-    top, log_z, log_scale, centre, low, off, status = kept.unbind(1)
+    top, outside_max, log_scale, centre, low, slope, status = kept.unbind(1)
     up = grad_rows.double()[:, None]
     soft = up * k * (temperature.double() ** 2 if options.scale_t2 else 1)
     soft = torch.where(status == topk.SOUND, soft, math.nan)
@@ -172,7 +163,7 @@ def topk_backward(
         t = Tokens(torch.where(here, inputs.log_p[part].double(), -math.inf), log_q)
         _, q_h = _cell_terms(options, t, beta[part].double())
         on = soft[part] * (q_h - t.q * (centre[part] + low[part]))
-        g = soft[part] * off[part] * (k[part] * (x - top[part]) - log_z[part]).exp()
+        g = soft[part] * slope[part] * (k[part] * (x - outside_max[part])).exp()
         g = torch.cat([g, torch.zeros_like(g[:, :1])], 1)
         g = g.scatter(1, torch.where(here, ids, x.shape[1]), on)[:, :-1]
         out[part] = torch.where(up[part] == 0, 0, g).to(out.dtype)

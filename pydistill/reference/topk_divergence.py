@@ -28,7 +28,7 @@ TAILS = {
 
 # Columns of the [R, SAVED] fp32 tensor that forward leaves for backward, in every backend.
 SAVED = 7
-MAX_S, LOG_Z, LOG_Q_SCALE, CENTRE, CENTRE_LOW, OFF_SUPPORT, STATUS = range(SAVED)
+MAX_S, OUTSIDE_MAX, LOG_Q_SCALE, CENTRE, CENTRE_LOW, OUTSIDE_SLOPE, STATUS = range(SAVED)
 # STATUS of a row; every other than SOUND has a loss and a gradient of NaN.
 SOUND, ID_OUT_OF_RANGE, ID_TWICE = range(3)
 
@@ -86,8 +86,10 @@ def topk_divergence_reference(inputs: Inputs, options: Options) -> tuple[Tensor,
     in_support = times[:, :vocab] > 0
     log_q = _masked(z.gather(1, torch.where(slots < vocab, slots, 0)), present, -math.inf)
     normaliser = torch.logsumexp(z, 1, keepdim=True)
+    nothing = torch.zeros_like(twice)
     if options.mode == SUPPORT_ONLY:
         normaliser = _log_sum_exp(log_q)
+        nothing = (normaliser == -math.inf).squeeze(1)  # to normalise
     log_q = log_q - torch.where(normaliser == -math.inf, 0, normaliser)
     log_p = _masked(log_p, present, -math.inf)
     if options.mode == WITH_TAIL and inputs.log_tail is not None:
@@ -96,7 +98,7 @@ def topk_divergence_reference(inputs: Inputs, options: Options) -> tuple[Tensor,
         log_tail = torch.where(in_support.all(1, keepdim=True), -math.inf, log_tail)  # no such cell
         log_q, log_p = torch.cat([log_q, rest], 1), torch.cat([log_p, log_tail], 1)
     value, infinite = _value(options, log_p, log_q, beta)
-    undefined = torch.isnan(given).any(-1) | (given == math.inf).any(-1)
+    undefined = nothing | torch.isnan(given).any(-1) | (given == math.inf).any(-1)
     undefined = (undefined | (given == -math.inf).all(-1) | torch.isnan(log_p).any(-1)) & counted
     loss = torch.where(infinite, math.inf, value)
     loss = loss * temperature.squeeze(-1) ** 2 if options.scale_t2 else loss

@@ -162,18 +162,46 @@ def test_peaked_rows_keep_their_tail(kind: str, each_cpu: str) -> None:
 
 
 @pytest.mark.parametrize("scale", [60.0, 200.0, 5000.0])
-def test_tails_beyond_the_range_of_exp(scale: float, each_cpu: str) -> None:
+@pytest.mark.parametrize("kind", TOPK_KINDS)
+def test_tails_beyond_the_range_of_exp(kind: str, scale: float, each_cpu: str) -> None:
     student = torch.randn(3, 2500)
     student[:, 3] += scale
     log_p, _, tail = teacher(3, 2500, 1)
     ids = torch.full((3, 1), 3)
+    exact, leaf = student.double().requires_grad_(), student.clone().requires_grad_()
     want = topk_divergence(
-        student.double(), log_p, ids, tail_logprob=tail, reduction="none", impl="reference"
+        exact, log_p, ids, kind, tail_logprob=tail, reduction="none", impl="reference"
     )
-    got = topk_divergence(
-        student, log_p.float(), ids, tail_logprob=tail.float(), reduction="none", impl=each_cpu
-    )
+    options: dict[str, Any] = {"tail_logprob": tail.float(), "impl": each_cpu}
+    got = topk_divergence(leaf, log_p.float(), ids, kind, reduction="none", **options)
     close(got.double(), want, rtol=1e-5, atol=0)
+    slope, grad = (torch.autograd.grad(x.sum(), of)[0] for x, of in ((want, exact), (got, leaf)))
+    close(grad.double(), slope, rtol=2e-5, atol=1e-30)
+    spent = leaf.detach().clone().requires_grad_()
+    loss = topk_divergence(
+        spent.view_as(spent), log_p.float(), ids, kind, overwrite_logits=True,
+        reduction="sum", **options,
+    )  # fmt: skip
+    close(torch.autograd.grad(loss, spent)[0], grad, rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize(("kind", "tail"), [p for p in PAIRS if p[1] in ("renormalize", "zero")])
+def test_nothing_to_normalise_is_nan(kind: str, tail: str, impl: str) -> None:
+    """Rows without a support; under `renormalize` also a student who gives it no mass."""
+    student = torch.randn(3, 50)
+    log_p, ids, _ = teacher(3, 50, 6)
+    ids[0] = -1
+    student[2, ids[2]] = -math.inf
+    leaf = student.requires_grad_()
+    loss = topk_divergence(leaf, log_p.float(), ids, kind, tail=tail, reduction="none", impl=impl)
+    assert loss.isnan().tolist() == [True, False, tail == "renormalize"]
+    (grad,) = torch.autograd.grad(loss.nan_to_num(0, 0).sum(), leaf)
+    assert grad[1].isfinite().all()
+    (grad,) = torch.autograd.grad(
+        topk_divergence(leaf, log_p.float(), ids, kind, tail=tail, reduction="none", impl=impl)[0],
+        leaf,
+    )
+    assert grad[0].isnan().all()
 
 
 def test_empty_slots_are_not_read(impl: str) -> None:

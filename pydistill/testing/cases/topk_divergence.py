@@ -38,6 +38,9 @@ def _rows(pattern: str, rows: int, v: int, g: torch.Generator) -> tuple[Tensor, 
         lead = torch.linspace(14, 45, rows)
         s[:, 1] = lead
         t[:, 1] = lead.flip(0)
+    elif pattern == "far":  # a student who all but leaves out all tokens but one: log q_t to -1000
+        s[:, 1] = torch.linspace(100, 1000, rows)
+        t[:, 1] = 9.0
     elif pattern == "same":
         t = s.clone()
     elif pattern == "infinite":
@@ -153,6 +156,7 @@ def _table() -> list[Case]:
             add("empty_slots", 8, 257, 20, kind, tail, empty_slots=True, marks=("ladder",))
             add("peaked", 9, 2000, 16, kind, tail, pattern="peaked", marks=("ladder",))
             add("peaked", 9, 2000, 16, kind, tail, pattern="peaked", dtype=BF16)
+            add("far", 4, 300, 9, kind, tail, pattern="far", marks=("ladder",))
             if kind != "tvd":  # whose gradient hangs on the sign of p - q
                 add("same", 4, 257, 32, kind, tail, pattern="same")
             add("student_support", 5, 300, 12, kind, tail, support="student")
