@@ -125,7 +125,10 @@ inline Support TakeSupport(const TopkArgs& a, int64_t r, Row& row, float k, floa
     const int64_t id = ids[j];
     if (id < 0) continue;
     if (id >= a.student.width) return {0, 0, kIdOutOfRange};
-    if (m.e[id] == -1.0f) return {0, 0, kIdTwice};
+    if (m.e[id] == -1.0f) {
+      support.status = kIdTwice;
+      continue;
+    }
     const int64_t block = id / kBlock;
     support.z += m.e[id] * (m.max[block] == max ? 1.0 : Rescale(m, block, k, max));
     m.e[id] = -1.0f;

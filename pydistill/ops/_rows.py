@@ -133,7 +133,11 @@ def check_range(
 
 def has_tangent(x: Tensor) -> bool:
     """Whether `x` carries a forward-mode tangent at the open level."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if forward_ad._current_level < 0:
+        return False
+    while torch._C._functorch.is_batchedtensor(x):  # unpack_dual has no batching rule
+        x = torch._C._functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def row_scalar(name: str, value: object) -> float | Tensor:

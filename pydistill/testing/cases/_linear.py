@@ -2,8 +2,8 @@
 
 A gradient that goes through a product is a sum of terms dz_j w_j whose dz_j is itself a
 difference of terms the size of q_j and p_j (of q_j times the row's sum of |dz| where that is more:
-chi2's q_j sum(p^2 / q)): its size is the same sum of absolute values. A gradient computed in forward
-is rounded there, and once more when it is multiplied by the upstream.
+chi2's q_j sum(p^2 / q)): its size is the same sum of absolute values. A gradient computed in
+forward is rounded there, and once more when it is multiplied by the upstream.
 """
 
 from __future__ import annotations
