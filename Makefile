@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip --disable-pip-version-check
 EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
+# By files, so that a file's fixtures are made once and its kernels interpreted in one process.
+PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .PHONY: demo test ctest sanitize build build-testing bench ladder ladder-full lint format docs room new-op clean
@@ -16,7 +18,7 @@ demo: build $(VENV)/hf.stamp $(VENV)/model.stamp
 	$(BIN)/pydistill demo
 
 test: ctest $(VENV)/hf.stamp $(VENV)/triton.stamp
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 ctest: build-testing
 	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error

@@ -210,6 +210,7 @@ def test_mutants_die(part: str) -> None:
 
 
 @needs_nvcc
+@pytest.mark.ladder_full  # two minutes; the ladder's table has the registers, spills and occupancy
 @pytest.mark.timeout(1200)
 def test_compiled_kernels_do_not_spill() -> None:
     for arch, kernels in compile_targets(SOURCE, TARGETS).items():

@@ -22,6 +22,9 @@ def pytest_configure(config):
 """
 TESTS = """
 import os, pytest
+if "TRITON_INTERPRET" in os.environ:
+    with open("children", "a") as file:
+        file.write("one ")
 @pytest.fixture(scope="module")
 def shared():
     yield 1
@@ -78,6 +81,14 @@ def test_a_dead_child_is_a_failure(folder: Path) -> None:
     assert "FAILED test_some.py::test_dies" in output
     assert "ended with status 7" in output
     assert "2 failed, 4 passed, 1 skipped" in output
+
+
+def test_workers_have_one_child_a_file(folder: Path) -> None:
+    (folder / "test_more.py").write_text(TESTS)
+    output = run(folder, "-n", "2", "--dist", "loadfile", "-k", "not dies")
+    assert "2 failed, 8 passed, 2 skipped" in output
+    assert "FAILED test_some.py::test_wrong" in output
+    assert (folder / "children").read_text() == "one one "
 
 
 def test_interpreting_session_runs_marked_tests_only(folder: Path) -> None:

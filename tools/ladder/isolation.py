@@ -7,6 +7,9 @@ under its own name and in its place: selection, failures, skips and counts look 
 test. Their fixtures run in the child only. In a session that already has TRITON_INTERPRET=1 the
 marked tests run directly, which is the way to debug one, and all others are deselected.
 
+Under pytest-xdist every worker collects every test and gets whole files of them (`--dist
+loadfile`): there, a child runs the marked tests of one file when the first is due.
+
 A conftest turns it on with
 
     def pytest_configure(config):
@@ -44,11 +47,15 @@ def install(config: pytest.Config) -> None:
 class _Isolation:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.reports: dict[str, list[pytest.TestReport]] | None = None
+        self.reports: dict[str, list[pytest.TestReport]] = defaultdict(list)
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         if not interpreting():
+            if _is_worker(self.config):
+                for item in items:
+                    if item.get_closest_marker(MARKER) is not None:
+                        item.add_marker(pytest.mark.timeout(0), append=False)  # the child's
             return
         others = [item for item in items if item.get_closest_marker(MARKER) is None]
         if others:
@@ -59,14 +66,8 @@ class _Isolation:
     def pytest_runtestloop(self, session: pytest.Session) -> None:
         # Before any test is due: a timeout on the first must not apply to the whole child.
         stopped = session.testsfailed or session.config.option.collectonly
-        if not interpreting() and not stopped:
-            self._reports_of(session)
-
-    def _reports_of(self, session: pytest.Session) -> dict[str, list[pytest.TestReport]]:
-        if self.reports is None:
-            marked = [i for i in session.items if i.get_closest_marker(MARKER) is not None]
-            self.reports = self._run_child(marked) if marked else {}
-        return self.reports
+        if not interpreting() and not stopped and not _is_worker(self.config):
+            self._run_child(session.items)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(
@@ -74,9 +75,10 @@ class _Isolation:
     ) -> bool | None:
         if interpreting() or item.get_closest_marker(MARKER) is None:
             return None
-        reports = self._reports_of(item.session)
+        if item.nodeid not in self.reports:
+            self._run_child([other for other in item.session.items if other.path == item.path])
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in reports[item.nodeid]:
+        for report in self.reports[item.nodeid]:
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         # The test before this one may share fixtures with the next that runs here.
@@ -91,7 +93,11 @@ class _Isolation:
             with open(path, "a") as file:
                 file.write(json.dumps(data) + "\n")
 
-    def _run_child(self, items: list[pytest.Item]) -> dict[str, list[pytest.TestReport]]:
+    def _run_child(self, items: list[pytest.Item]) -> None:
+        """Runs the marked ones of `items`, and keeps their reports."""
+        items = [item for item in items if item.get_closest_marker(MARKER) is not None]
+        if not items:
+            return
         with tempfile.TemporaryDirectory() as folder:
             tests, log = Path(folder) / "tests.txt", Path(folder) / "reports.jsonl"
             tests.write_text("".join(f"{item.nodeid}\n" for item in items))
@@ -111,18 +117,20 @@ class _Isolation:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            reports: dict[str, list[pytest.TestReport]] = defaultdict(list)
             for line in log.read_text().splitlines():
                 report = self.config.hook.pytest_report_from_serializable(
                     config=self.config, data=json.loads(line)
                 )
                 if isinstance(report.longrepr, list):  # a skip's location, which JSON untupled
                     report.longrepr = tuple(report.longrepr)
-                reports[report.nodeid].append(report)
+                self.reports[report.nodeid].append(report)
         for item in items:
-            if not any(r.when == "teardown" for r in reports[item.nodeid]):
-                reports[item.nodeid].append(_lost(item, child.returncode, child.stdout))
-        return reports
+            if not any(r.when == "teardown" for r in self.reports[item.nodeid]):
+                self.reports[item.nodeid].append(_lost(item, child.returncode, child.stdout))
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 def _lost(item: pytest.Item, status: int, output: str) -> pytest.TestReport:
