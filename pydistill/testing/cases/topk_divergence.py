@@ -145,23 +145,25 @@ def _table() -> list[Case]:
         for tail in TAILS:
             if tail == "zero" and kind == "reverse_kl":
                 continue
+            # Of the other tails two cases run on emulated GPUs; all do on a full climb.
+            apart = ("ladder",) if tail == "bucket" else ()
             add("plain", 5, 1000, 16, kind, tail, marks=("ladder",))
             add("plain", 5, 1000, 16, kind, tail, dtype=BF16)
             add("plain", 5, 1000, 16, kind, tail, dtype=FP16)
             add("blocks", 4, 3000, 64, kind, tail, dtype=BF16)
-            add("odd", 3, 31, 5, kind, tail, reduction="mean", marks=("ladder",))
+            add("odd", 3, 31, 5, kind, tail, reduction="mean", marks=apart)
             add("one_token", 3, 1, 1, kind, tail)
             add("one_slot", 5, 40, 1, kind, tail)
             add("whole", 4, 130, 130, kind, tail)
-            add("empty_slots", 8, 257, 20, kind, tail, empty_slots=True, marks=("ladder",))
-            add("peaked", 9, 2000, 16, kind, tail, pattern="peaked", marks=("ladder",))
+            add("empty_slots", 8, 257, 20, kind, tail, empty_slots=True, marks=apart)
+            add("peaked", 9, 2000, 16, kind, tail, pattern="peaked", marks=apart)
             add("peaked", 9, 2000, 16, kind, tail, pattern="peaked", dtype=BF16)
-            add("far", 4, 300, 9, kind, tail, pattern="far", marks=("ladder",))
+            add("far", 4, 300, 9, kind, tail, pattern="far", marks=apart)
             if kind != "tvd":  # whose gradient hangs on the sign of p - q
                 add("same", 4, 257, 32, kind, tail, pattern="same")
             add("student_support", 5, 300, 12, kind, tail, support="student")
             add("random_support", 5, 300, 12, kind, tail, support="random")
-            add("infinite", 5, 67, 9, kind, tail, pattern="infinite", marks=("ladder",))
+            add("infinite", 5, 67, 9, kind, tail, pattern="infinite", marks=apart)
             add("poisoned", 6, 67, 9, kind, tail, pattern="poisoned", marks=("ladder",))
             add(
                 "weights",
