@@ -50,22 +50,16 @@ struct RowSum {
   double z = 0;
 };
 
-#if PD_TARGET >= PD_TARGET_AVX512
-constexpr bool kTryOldMaximum = true;
-#else
-constexpr bool kTryOldMaximum = false;
-#endif
-
 // Keeps the exponentials of a block in scratch; returns their sum.
 template <class X>
 PD_INLINE float KeepBlock(const Row& row, const X& x, int64_t begin, int64_t padded, float k,
                           float max, const Memory& m) {
-  const V about = Set(FiniteOr0(max)), scale = Set(k);
+  const V about = Set(FiniteOr0(max)), scale = Set(k), least = ExpNormal(Set(-87.0f));
   V z[2] = {Set(0), Set(0)};
   for (int64_t i = 0; i < padded; i += 2 * kLanes) {
     row.Prefetch(begin + kBlock + i);
     for (int u = 0; u < 2; ++u) {
-      const V e = ExpNonPositive(scale * (x(i + u * kLanes) - about));
+      const V e = ExpLess(scale * (x(i + u * kLanes) - about), least);
       z[u] = z[u] + e;
       Store(e, m.e + begin + i + u * kLanes);
     }
@@ -81,7 +75,7 @@ inline RowSum KeepExps(Row& row, int64_t vocab, float k, const Memory& m) {
     const int64_t n = vocab - begin < kBlock ? vocab - begin : kBlock, padded = Padded(n);
     // Whole blocks are read once, about the maximum so far; their sum tells if an element was far
     // above it, where exp loses digits, or not finite.
-    if (kTryOldMaximum && n == kBlock && row.dtype != DType::kF16 && std::isfinite(sum.max)) {
+    if (n == kBlock && row.dtype != DType::kF16 && std::isfinite(sum.max)) {
       const float z =
           row.dtype == DType::kF32
               ? KeepBlock(row, Fp32At{row.At<float>(begin)}, begin, padded, k, sum.max, m)
@@ -397,7 +391,7 @@ inline void CollectSupport(const TopkArgs& a, int64_t r, Row& row, float* s) {
 // support; what comes out on the support FixSupport writes over.
 inline void ScaledExps(const TopkArgs& a, Row& row, float k, float max, float c, char* out) {
   alignas(64) float buffer[kBlock];
-  const V scale = Set(k), about = Set(max), factor = Set(c);
+  const V scale = Set(k), about = Set(max), factor = Set(c), least = ExpNormal(Set(-87.0f));
   for (int64_t begin = 0; begin < a.student.width; begin += kBlock) {
     const int64_t n = a.student.width - begin < kBlock ? a.student.width - begin : kBlock;
     WithColumns(row, row, begin, n, [&](const auto& x, const auto&) PD_INLINE_LAMBDA {
@@ -405,7 +399,7 @@ inline void ScaledExps(const TopkArgs& a, Row& row, float k, float max, float c,
         row.Prefetch(begin + kBlock + i);
         for (int u = 0; u < 2; ++u) {
           const int64_t j = i + u * kLanes;
-          Store(ExpNonPositive(scale * (x(j) - about)) * factor, buffer + j);
+          Store(ExpLess(scale * (x(j) - about), least) * factor, buffer + j);
         }
       }
     });
@@ -422,7 +416,10 @@ inline void ScaledKept(const TopkArgs& a, const Memory& m, float k, float max, d
     const V factor = Set(static_cast<float>(c * Rescale(m, begin / kBlock, k, max)));
     if (a.student.dtype == DType::kBf16 && n == Padded(n)) {
       uint16_t* narrow = reinterpret_cast<uint16_t*>(out) + begin;
-      for (int64_t i = 0; i < n; i += kLanes) StoreBf16(Load(m.e + begin + i) * factor, narrow + i);
+      for (int64_t i = 0; i < n; i += 2 * kLanes) {
+        const float* e = m.e + begin + i;
+        StoreBf16(Load(e) * factor, Load(e + kLanes) * factor, narrow + i);
+      }
       continue;
     }
     for (int64_t i = 0; i < Padded(n); i += kLanes) {

@@ -99,6 +99,11 @@ PD_INLINE void StoreBf16(V a, uint16_t* p) {
 #endif
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
 }
+// Two vectors without NaN, 2 kLanes numbers.
+PD_INLINE void StoreBf16(V a, V b, uint16_t* p) {
+  StoreBf16(a, p);
+  StoreBf16(b, p + kLanes);
+}
 PD_INLINE bool Aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 63) == 0; }
 PD_INLINE void Stream(V a, float* p) { _mm512_stream_ps(p, a.v); }
 // Pairs of 16-bit numbers, a pair a lane; and of bf16 pairs the first or the second of each.
@@ -226,6 +231,17 @@ PD_INLINE void StoreBf16(V a, uint16_t* p) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
 }
+PD_INLINE __m256i RoundedBf16(V a) {  // in the low halves, for all but NaN
+  const __m256i bits = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  return _mm256_srli_epi32(up, 16);
+}
+// Two vectors without NaN, 2 kLanes numbers.
+PD_INLINE void StoreBf16(V a, V b, uint16_t* p) {
+  const __m256i packed = _mm256_packus_epi32(RoundedBf16(a), RoundedBf16(b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
 PD_INLINE bool Aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 31) == 0; }
 PD_INLINE void Stream(V a, float* p) { _mm256_stream_ps(p, a.v); }
 PD_INLINE V LoadPairs(const uint16_t* p) { return Load(reinterpret_cast<const float*>(p)); }
@@ -329,6 +345,10 @@ PD_INLINE void StoreBf16(V a, uint16_t* p) {
   const uint32_t bits = ToBits(a.v);
   *p = a.v != a.v ? uint16_t((bits | 0x400000u) >> 16)
                   : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+PD_INLINE void StoreBf16(V a, V b, uint16_t* p) {
+  StoreBf16(a, p);
+  StoreBf16(b, p + kLanes);
 }
 PD_INLINE void StoreF16(V a, uint16_t* p) {
   const uint32_t bits = ToBits(a.v), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;

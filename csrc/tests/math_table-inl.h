@@ -20,6 +20,8 @@ PD_INLINE V Apply(Math function, V x) {
       return ExpNonPositive(x);
     case Math::kExpNormal:
       return ExpNormal(x);
+    case Math::kExpLess:
+      return ExpLess(x, ExpNormal(Set(-87.0f)));
     case Math::kExpNonPositiveOfTwo:
       return ExpNonPositive(x, minus_one);
     case Math::kExpm1NonPositive:

@@ -11,6 +11,7 @@ enum class Math : int {
   kExp = 0,
   kExpNonPositive,
   kExpNormal,
+  kExpLess,              // e^-87
   kExpNonPositiveOfTwo,  // e^x as computed beside e^x - 1
   kExpm1NonPositive,
   kExpm1,
@@ -24,6 +25,7 @@ enum class Math : int {
 inline constexpr const char* kMathNames[] = {"exp",
                                              "exp_non_positive",
                                              "exp_normal",
+                                             "exp_less",
                                              "exp_non_positive_of_two",
                                              "expm1_non_positive",
                                              "expm1",

@@ -63,6 +63,19 @@ def test_exp_normal_stops_above_the_subnormals(isa: str) -> None:
     np.testing.assert_allclose(got, np.exp(-87.0), rtol=1e-6)
 
 
+def test_exp_less_is_zero_far_below(isa: str) -> None:
+    """0 where exp is below e^-87 on some instruction sets, near 0 on all; and large where it is."""
+    x = points(-70.0, 87.9)
+    wide = x.astype(np.float64)
+    error = ulps(_testing.math(isa, "exp_less", x), np.exp(wide))
+    assert (error <= 1.5 + 2.7e-9 / (EPS / 2) * np.abs(wide)).all()
+    far = np.array([-87.0, -87.5, -104, -3e38, -INF], np.float32)
+    assert (np.abs(_testing.math(isa, "exp_less", far) - np.exp(far.astype(np.float64))) < 2e-38).all()
+    assert (_testing.math(isa, "exp_less", far[3:]) == 0).all()
+    assert (_testing.math(isa, "exp_less", np.array([88.5, 3e38], np.float32)) >= 1e38).all()
+    assert np.isnan(_testing.math(isa, "exp_less", np.array([np.nan], np.float32))).all()
+
+
 def test_exp_clamped(isa: str) -> None:
     x = points(-87.3, 88.7)
     wide = x.astype(np.float64)

@@ -282,7 +282,7 @@ def check_rows_with_ties(kernels: ModuleType) -> None:
     t[3, :32], t[3, 32:] = 0.0, -torch.inf
     s[3, 32:] = -torch.inf
     t[4, 17] = 9.0
-    t[5] = torch.where(torch.arange(41) % 2 == 0, 0.0, -0.0)
+    t[5] = torch.where(torch.arange(41) % 2 == 1, 0.0, -0.0)  # 20 and 21: the half is among both
     t[6] = 1.0 + 2.0**-23 * (torch.arange(41) % 6)
     t[7] = -1.0 - 2.0**-7 * (torch.arange(41) % 6)
     inputs = Inputs(s, t, None, None, None, None, None)

@@ -135,18 +135,19 @@ def check_values(ops: Any) -> None:
 
 
 def check_more(ops: Any) -> None:
-    """Infinite and undefined rows, a student who all but leaves the tail out, the whole vocabulary,
-    bf16, per-row parameters, in place."""
+    """Infinite and undefined rows, students who all but leave the tail out and who do, the whole
+    vocabulary, bf16, per-row parameters, in place."""
     g = torch.Generator().manual_seed(4)
-    s, t = torch.randn(7, 40, generator=g), torch.randn(7, 40, generator=g)
+    s, t = torch.randn(8, 40, generator=g), torch.randn(8, 40, generator=g)
     log_p, ids = torch.log_softmax(t, 1).topk(8)
     s[0, ids[0, 2]] = -torch.inf
     s[1, ids[1, 0]], s[2, 39 if 39 not in ids[2] else 38] = torch.inf, torch.inf
     log_p[3, 1] = torch.nan
     s[4] = -torch.inf
     s[6, ids[6, 0]] = 900.0
+    s[7] = torch.full((40,), -torch.inf).scatter(0, ids[7], s[7, ids[7]])
     tail = torch.log1p(-log_p.exp().sum(1))
-    upstream = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0])
+    upstream = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0])
     inputs = Inputs(s, ids, log_p, tail, None, None)
     for kind in ("forward_kl", "jsd"):
         compare(ops, inputs, options_of(kind, "bucket"), upstream)
