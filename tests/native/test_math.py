@@ -70,8 +70,9 @@ def test_exp_less_is_zero_far_below(isa: str) -> None:
     error = ulps(_testing.math(isa, "exp_less", x), np.exp(wide))
     assert (error <= 1.5 + 2.7e-9 / (EPS / 2) * np.abs(wide)).all()
     far = np.array([-87.0, -87.5, -104, -3e38, -INF], np.float32)
-    assert (np.abs(_testing.math(isa, "exp_less", far) - np.exp(far.astype(np.float64))) < 2e-38).all()
-    assert (_testing.math(isa, "exp_less", far[3:]) == 0).all()
+    got = _testing.math(isa, "exp_less", far)
+    assert (np.abs(got - np.exp(far.astype(np.float64))) < 2e-38).all()
+    assert (got[3:] == 0).all()
     assert (_testing.math(isa, "exp_less", np.array([88.5, 3e38], np.float32)) >= 1e38).all()
     assert np.isnan(_testing.math(isa, "exp_less", np.array([np.nan], np.float32))).all()
 
