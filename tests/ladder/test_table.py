@@ -82,7 +82,7 @@ def test_tracked_bytes_of_topk_divergence(backend: str, dtype: str) -> None:
     again = 2 if backend == "triton" else 1  # Triton writes over what it has swept
     assert backward["logits"] == 2 * VOCAB * item + again * k * item
     # Ids of 8 bytes, twice or three times, and in order 4; log p; saved values and the like.
-    small = {"triton": (1596, 1848), "cuda": (2604, 1312)}[backend]
+    small = {"triton": (1596, 1844), "cuda": (2604, 1312)}[backend]
     assert (forward["small"], backward["small"]) == small
     assert forward["ratio"] <= 1.05 and backward["ratio"] <= 1.05
 
