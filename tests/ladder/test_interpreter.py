@@ -209,7 +209,7 @@ def offset_kernel(x_ptr, y_ptr, offset, STORE: tl.constexpr):
 
 @triton.jit
 def address_kernel(address, y_ptr):
-    tl.store(y_ptr, tl.load(address.to(tl.pointer_type(tl.float32))))
+    tl.store(y_ptr, tl.load(address.to(tl.int64).to(tl.pointer_type(tl.float32))))
 
 
 @triton.jit
