@@ -1,0 +1,250 @@
+"""Triton kernels of `topk_logprobs`: the K most likely tokens of each row, their log-probabilities,
+the log of the others' mass, and the normaliser.
+
+The maths is docs/ops/topk_logprobs.md. Shapes: logits [R, V], ids int64 [R, K], logprobs [R, K],
+tail and lse [R]. fp32, bf16 or fp16 logits; sums are fp32 within a thread and fp64 beyond it.
+
+A long row is read once, by programs that reduce groups of GROUP neighbouring tokens to their
+maximum and their sum of exponentials about it. The K best tokens of the row lie in the K groups of
+the best maxima, so a second kernel chooses those groups, and the same kernel then chooses K tokens
+among their GROUP K; what it leaves, groups and tokens, is the tail: nothing is ever subtracted. A
+row that a program can keep in registers, and one of which K takes too large a part, is its own list
+of candidates. torch sorts the K tokens, and a last kernel writes what is asked for.
+
+A token or a group is one integer, its key: larger for a larger logit and, of equal ones, for a
+smaller index. No two are equal, so that a choice of K is a cut: the K-th largest key, found by
+bisection over keys in registers, or in memory where they are too many.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pydistill.kernels._common.launch import compiler_options, on_device
+from pydistill.kernels._common.numerics import (
+    INF,
+    from_ordered_key,
+    load_fp32,
+    log1p,
+    ordered_key,
+    partial_sums,
+)
+
+THREADS = 256  # of a program that reads groups; each takes 16 bytes at a load, four times
+KEPT = 16384  # candidates that a program keeps in registers
+_PER_THREAD = 16  # of them at least
+SLOTS = 256  # of the K, taken at a time
+
+_SHIFT = tl.constexpr(30)  # of a key's logit: 2^30 tokens a row
+_BELOW = tl.constexpr(2**30 - 1)
+_NO_LOGIT = tl.constexpr(-2139095041)  # the ordered key of -inf
+_INF_LOGIT = tl.constexpr(2139095040)
+
+
+@triton.jit
+def _load(pointers, mask):
+    """Logits as fp32, with +inf for NaN: a row that has either has no softmax."""
+    x = load_fp32(pointers, mask)
+    return tl.where(x != x, INF, x)
+
+
+@triton.jit
+def _key(x, token):
+    return (ordered_key(x).to(tl.int64) << _SHIFT) - token
+
+
+@triton.jit
+def _decode(key):
+    """Logit and token of a key."""
+    logit = (key + _BELOW) >> _SHIFT
+    return from_ordered_key(logit.to(tl.int32)), (logit << _SHIFT) - key
+
+
+@triton.jit
+def _inverse(temperature):
+    return tl.div_rn(1.0, tl.full((), temperature, tl.float32))
+
+
+@triton.jit
+def _reduce_groups(
+    logits, tops, masses, stride, vocab, groups, temperature, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials about it, of the groups in a block of a row."""
+    COUNT: tl.constexpr = BLOCK // GROUP
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.reshape(_load(logits + row * stride + at, at < vocab), (COUNT, GROUP))
+    top = tl.max(x, 1)
+    shift = tl.where(top == -INF, 0.0, top)
+    mass = tl.sum(tl.exp(_inverse(temperature) * (x - shift[:, None])), 1)
+    group = block * COUNT + tl.arange(0, COUNT)
+    tl.store(tops + row * groups + group, top, mask=group < groups)
+    tl.store(masses + row * groups + group, mass, mask=group < groups)
+
+
+@triton.jit
+def _candidates(values, groups, begin, size, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Keys of a block of the candidates: of all `values`, or of those in the chosen groups. Behind
+    the last come keys below any candidate's."""
+    if groups is None:
+        token = begin + tl.arange(0, BLOCK)
+    else:
+        slot = begin // GROUP + tl.arange(0, BLOCK // GROUP)
+        present = slot < size // GROUP
+        _top, group = _decode(tl.load(groups + slot, mask=present, other=0))
+        first = tl.where(present, group * GROUP, limit + slot * GROUP)
+        token = tl.reshape(first[:, None] + tl.arange(0, GROUP)[None, :], (BLOCK,))
+    return _key(_load(values + token, token < limit), token)
+
+
+@triton.jit
+def _choose(
+    values, masses, groups, before, keys, rest, stride, size, limit, slots, temperature,
+    GROUP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The keys of the K best of a row's candidates, in no order, and maximum and sum of
+    exponentials of the others.
+
+    `values` are `limit` logits a row, or the maxima of groups with their `masses`. `before` is the
+    `rest` of the choice that left these candidates.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    values, keys = values + row * stride, keys + row * slots
+    if groups is not None:
+        groups = groups + row * slots
+    if KEEP:
+        key = _candidates(values, groups, 0, size, limit, GROUP, BLOCK)
+
+    # The cut is in [low, high]; K candidates or more are at `low` or above.
+    low = (tl.full((), _NO_LOGIT, tl.int64) << _SHIFT) - (limit - 1)
+    high = tl.where(slots == size, low, tl.full((), _INF_LOGIT, tl.int64) << _SHIFT)
+    while low < high:
+        cut = low + (high - low + 1) // 2
+        count = tl.full((), 0, tl.int32)
+        lowest, highest = high, low  # at the cut or above, and below it
+        for begin in range(0, size, BLOCK):
+            if not KEEP:
+                key = _candidates(values, groups, begin, size, limit, GROUP, BLOCK)
+            beyond = key >= cut
+            count += tl.sum(beyond.to(tl.int32), 0)
+            lowest = tl.minimum(lowest, tl.min(tl.where(beyond, key, high), 0))
+            highest = tl.maximum(highest, tl.max(tl.where(beyond, low, key), 0))
+        low = tl.where(count >= slots, lowest, low)
+        high = tl.where(count > slots, high, tl.where(count == slots, lowest, highest))
+
+    k = _inverse(temperature)
+    top, z = tl.full((), -INF, tl.float32), tl.full((), 0.0, tl.float64)
+    if before is not None:
+        top, z = tl.load(before + row * 2).to(tl.float32), tl.load(before + row * 2 + 1)
+    filled = tl.full((), 0, tl.int32)
+    for begin in range(0, size, BLOCK):
+        if not KEEP:
+            key = _candidates(values, groups, begin, size, limit, GROUP, BLOCK)
+        chosen = key >= low
+        place = filled + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        tl.store(keys + place, key, mask=chosen)
+        filled += tl.sum(chosen.to(tl.int32), 0)
+        x, token = _decode(key)
+        x = tl.where(chosen, -INF, x)
+        new_top = tl.maximum(top, tl.max(x, 0))
+        shift = tl.where(new_top == -INF, 0.0, new_top)
+        e = tl.exp(k * (x - shift))
+        if masses is not None:
+            others = (token < limit) & (x > -INF)
+            e *= tl.load(masses + row * limit + token, mask=others, other=0.0)
+        z *= tl.exp(k * (top - shift)).to(tl.float64)
+        z += tl.sum(partial_sums(e, LANES).to(tl.float64), 0)
+        top = new_top
+    tl.store(rest + row * 2, top.to(tl.float64))
+    tl.store(rest + row * 2 + 1, z)
+
+
+@triton.jit
+def _write(
+    keys, rest, ids, logprobs, tail, lse, slots, temperature, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """One row's results from its keys in order and what they leave."""
+    row = tl.program_id(0).to(tl.int64)
+    nan = float("nan")
+    temperature = tl.full((), temperature, tl.float32).to(tl.float64)
+    k = 1.0 / temperature
+    keys, ids, logprobs = keys + row * slots, ids + row * slots, logprobs + row * slots
+    first, _token = _decode(tl.load(keys))
+    sound = (tl.abs(first) < INF) & (temperature > 0.0) & (temperature < INF)
+    peak = tl.where(sound, first, 0.0).to(tl.float64)
+    absent = tl.where(sound, -INF, INF)
+    others = tl.full((), 0.0, tl.float64)  # of the chosen, but for the first
+    for begin in range(0, slots, SLOTS):
+        slot = begin + tl.arange(0, SLOTS)
+        x, _tokens = _decode(tl.load(keys + slot, mask=slot < slots, other=0))
+        e = tl.exp(k * (x.to(tl.float64) - peak))
+        others += tl.sum(tl.where((slot > 0) & (slot < slots), e, 0.0), 0)
+    top, z = tl.load(rest + row * 2), tl.load(rest + row * 2 + 1)
+    log_tail = tl.log(z) + k * (top - peak)
+    log_z = tl.where(sound, log1p(others + tl.exp(log_tail)), nan)
+    tl.store(tail + row, (log_tail - log_z).to(tl.float32))
+    tl.store(lse + row, (k * peak + log_z).to(tl.float32))
+    for begin in range(0, slots, SLOTS):
+        slot = begin + tl.arange(0, SLOTS)
+        x, token = _decode(tl.load(keys + slot, mask=slot < slots, other=0))
+        value = k * (x.to(tl.float64) - peak) - log_z
+        tl.store(logprobs + slot, value.to(tl.float32), mask=slot < slots)
+        tl.store(ids + slot, tl.where(x > absent, token, -1), mask=slot < slots)
+
+
+def topk_logprobs_fwd(
+    logits: Tensor, k: int, temperature: float, ids: Tensor, logprobs: Tensor, tail: Tensor,
+    lse: Tensor,
+) -> None:  # fmt: skip
+    """Writes `ids`, `logprobs`, `tail` and `lse`."""
+    rows, vocab = logits.shape
+    if rows == 0:
+        return
+    group = _group(vocab, k)
+    keys = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
+    rest = torch.empty((rows, 2), dtype=torch.float64, device=logits.device)
+    with on_device(logits):
+        if group == 0:
+            _choose_from(logits, None, None, None, keys, rest, vocab, k, temperature, 1)
+        else:
+            count = triton.cdiv(vocab, group)
+            tops, masses = lse.new_empty((rows, count)), lse.new_empty((rows, count))
+            elements = 16 // logits.element_size()
+            block = 4 * elements * THREADS
+            _reduce_groups[(rows, triton.cdiv(vocab, block))](
+                logits, tops, masses, logits.stride(0), vocab, count, temperature, GROUP=group,
+                BLOCK=block, **compiler_options(block, 4 * elements),
+            )  # fmt: skip
+            groups, outside = torch.empty_like(keys), torch.empty_like(rest)
+            _choose_from(tops, masses, None, None, groups, outside, count, k, temperature, 1)
+            _choose_from(
+                logits, None, groups, outside, keys, rest, k * group, k, temperature, group
+            )
+        slots = max(32, min(SLOTS, triton.next_power_of_2(k)))
+        _write[(rows,)](
+            keys.sort(-1, descending=True).values, rest, ids, logprobs, tail, lse, k, temperature,
+            SLOTS=slots, **compiler_options(slots, 1),
+        )  # fmt: skip
+
+
+def _choose_from(
+    values: Tensor, masses: Tensor | None, groups: Tensor | None, before: Tensor | None,
+    keys: Tensor, rest: Tensor, size: int, k: int, temperature: float, group: int,
+) -> None:  # fmt: skip
+    """Launches `_choose` for candidates of `size` a row."""
+    block = max(32 * _PER_THREAD, min(KEPT, triton.next_power_of_2(size)))
+    _choose[(len(values),)](
+        values, masses, groups, before, keys, rest, values.stride(0), size, values.shape[1], k,
+        temperature, GROUP=group, KEEP=size <= block, BLOCK=block, LANES=block // _PER_THREAD,
+        **compiler_options(block, _PER_THREAD),
+    )  # fmt: skip
+
+
+def _group(vocab: int, k: int) -> int:
+    """Tokens of a group: as many as leave half of KEPT candidates; 0 for a row without groups."""
+    group = 256
+    while group > 16 and 2 * k * group > KEPT:
+        group //= 2
+    return group if vocab > KEPT and 2 * k * group <= vocab else 0
