@@ -2,7 +2,7 @@
 the log of the others' mass, and the normaliser.
 
 The maths is docs/ops/topk_logprobs.md. Shapes: logits [R, V], ids int64 [R, K], logprobs [R, K],
-tail and lse [R]. fp32, bf16 or fp16 logits; sums are fp32 within a thread and fp64 beyond it.
+tail and lse [R]. fp32, bf16 or fp16 logits; sums are fp32 within a block and fp64 beyond it.
 
 A long row is read once, by programs that reduce groups of GROUP neighbouring tokens to their
 maximum and their sum of exponentials about it. The K best tokens of the row lie in the K groups of
@@ -11,9 +11,10 @@ among their GROUP K; what it leaves, groups and tokens, is the tail: nothing is 
 row that a program can keep in registers, and one of which K takes too large a part, is its own list
 of candidates. torch sorts the K tokens, and a last kernel writes what is asked for.
 
-A token or a group is one integer, its key: larger for a larger logit and, of equal ones, for a
-smaller index. No two are equal, so that a choice of K is a cut: the K-th largest key, found by
-bisection over keys in registers, or in memory where they are too many.
+The choice is a boundary, the K-th largest logit, found by bisection over ordered integers: of
+candidates in registers, or in memory where they are too many. Of those at the boundary the first
+few are in. A chosen token goes on as one integer, larger for a larger logit and, of equal ones, for
+a smaller index.
 """
 
 import torch
@@ -28,7 +29,6 @@ from pydistill.kernels._common.numerics import (
     load_fp32,
     log1p,
     ordered_key,
-    partial_sums,
 )
 
 THREADS = 256  # of a program that reads groups; each takes 16 bytes at a load, four times
@@ -36,10 +36,10 @@ KEPT = 16384  # candidates that a program keeps in registers
 _PER_THREAD = 16  # of them at least
 SLOTS = 256  # of the K, taken at a time
 
-_SHIFT = tl.constexpr(30)  # of a key's logit: 2^30 tokens a row
+_SHIFT = tl.constexpr(30)  # of a packed logit: 2^30 tokens a row
 _BELOW = tl.constexpr(2**30 - 1)
-_NO_LOGIT = tl.constexpr(-2139095041)  # the ordered key of -inf
-_INF_LOGIT = tl.constexpr(2139095040)
+_LOWEST = tl.constexpr(-2139095041)  # the ordered key of -inf
+_HIGHEST = tl.constexpr(2139095040)
 
 
 @triton.jit
@@ -50,15 +50,10 @@ def _load(pointers, mask):
 
 
 @triton.jit
-def _key(x, token):
-    return (ordered_key(x).to(tl.int64) << _SHIFT) - token
-
-
-@triton.jit
-def _decode(key):
-    """Logit and token of a key."""
-    logit = (key + _BELOW) >> _SHIFT
-    return from_ordered_key(logit.to(tl.int32)), (logit << _SHIFT) - key
+def _unpack(packed):
+    """Logit and token of one integer."""
+    key = (packed + _BELOW) >> _SHIFT
+    return from_ordered_key(key.to(tl.int32)), (key << _SHIFT) - packed
 
 
 @triton.jit
@@ -85,77 +80,85 @@ def _reduce_groups(
 
 
 @triton.jit
-def _candidates(values, groups, begin, size, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Keys of a block of the candidates: of all `values`, or of those in the chosen groups. Behind
-    the last come keys below any candidate's."""
+def _tokens(groups, begin, size, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a block of the candidates is: among all of a row, or in the chosen groups."""
     if groups is None:
-        token = begin + tl.arange(0, BLOCK)
+        return begin + tl.arange(0, BLOCK)
     else:
         slot = begin // GROUP + tl.arange(0, BLOCK // GROUP)
         present = slot < size // GROUP
-        _top, group = _decode(tl.load(groups + slot, mask=present, other=0))
-        first = tl.where(present, group * GROUP, limit + slot * GROUP)
-        token = tl.reshape(first[:, None] + tl.arange(0, GROUP)[None, :], (BLOCK,))
-    return _key(_load(values + token, token < limit), token)
+        _top, group = _unpack(tl.load(groups + slot, mask=present, other=0))
+        first = tl.where(present, group.to(tl.int32) * GROUP, limit)
+        return first[:, None] + tl.arange(0, GROUP)[None, :]
+
+
+@triton.jit
+def _keys(values, groups, begin, size, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Ordered integers of a block of the candidates; those of -inf come behind the last."""
+    token = _tokens(groups, begin, size, limit, GROUP, BLOCK)
+    return tl.reshape(ordered_key(_load(values + token, token < limit)), (BLOCK,))
 
 
 @triton.jit
 def _choose(
-    values, masses, groups, before, keys, rest, stride, size, limit, slots, temperature,
-    GROUP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    values, masses, groups, before, chosen, rest, stride, size, limit, slots, temperature,
+    GROUP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The keys of the K best of a row's candidates, in no order, and maximum and sum of
-    exponentials of the others.
+    """The K best of a row's candidates, in their order, and maximum and sum of exponentials of the
+    others.
 
     `values` are `limit` logits a row, or the maxima of groups with their `masses`. `before` is the
     `rest` of the choice that left these candidates.
     """
     row = tl.program_id(0).to(tl.int64)
-    values, keys = values + row * stride, keys + row * slots
+    values, chosen = values + row * stride, chosen + row * slots
     if groups is not None:
         groups = groups + row * slots
     if KEEP:
-        key = _candidates(values, groups, 0, size, limit, GROUP, BLOCK)
+        key = _keys(values, groups, 0, size, limit, GROUP, BLOCK)
 
-    # The cut is in [low, high]; K candidates or more are at `low` or above.
-    low = (tl.full((), _NO_LOGIT, tl.int64) << _SHIFT) - (limit - 1)
-    high = tl.where(slots == size, low, tl.full((), _INF_LOGIT, tl.int64) << _SHIFT)
+    # The boundary is in [low, high]; `above` candidates are beyond `high`.
+    low, high = tl.full((), _LOWEST, tl.int64), tl.full((), _HIGHEST, tl.int64)
+    above = tl.full((), 0, tl.int32)
     while low < high:
-        cut = low + (high - low + 1) // 2
+        cut = (low + (high - low + 1) // 2).to(tl.int32)
         count = tl.full((), 0, tl.int32)
-        lowest, highest = high, low  # at the cut or above, and below it
+        lowest, highest = high.to(tl.int32), low.to(tl.int32)  # at the cut or above, and below it
         for begin in range(0, size, BLOCK):
             if not KEEP:
-                key = _candidates(values, groups, begin, size, limit, GROUP, BLOCK)
+                key = _keys(values, groups, begin, size, limit, GROUP, BLOCK)
             beyond = key >= cut
             count += tl.sum(beyond.to(tl.int32), 0)
-            lowest = tl.minimum(lowest, tl.min(tl.where(beyond, key, high), 0))
-            highest = tl.maximum(highest, tl.max(tl.where(beyond, low, key), 0))
-        low = tl.where(count >= slots, lowest, low)
-        high = tl.where(count > slots, high, tl.where(count == slots, lowest, highest))
+            lowest = tl.minimum(lowest, tl.min(tl.where(beyond, key, _HIGHEST), 0))
+            highest = tl.maximum(highest, tl.max(tl.where(beyond, _LOWEST, key), 0))
+        low = tl.where(count >= slots, lowest, low).to(tl.int64)
+        high = tl.where(count > slots, high, tl.where(count == slots, lowest, highest).to(tl.int64))
+        above = tl.where(count < slots, count, above)
+    boundary = low.to(tl.int32)
 
     k = _inverse(temperature)
     top, z = tl.full((), -INF, tl.float32), tl.full((), 0.0, tl.float64)
     if before is not None:
         top, z = tl.load(before + row * 2).to(tl.float32), tl.load(before + row * 2 + 1)
-    filled = tl.full((), 0, tl.int32)
+    filled, ties = tl.full((), 0, tl.int32), slots - above
     for begin in range(0, size, BLOCK):
         if not KEEP:
-            key = _candidates(values, groups, begin, size, limit, GROUP, BLOCK)
-        chosen = key >= low
-        place = filled + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(keys + place, key, mask=chosen)
-        filled += tl.sum(chosen.to(tl.int32), 0)
-        x, token = _decode(key)
-        x = tl.where(chosen, -INF, x)
+            key = _keys(values, groups, begin, size, limit, GROUP, BLOCK)
+        token = tl.reshape(_tokens(groups, begin, size, limit, GROUP, BLOCK), (BLOCK,))
+        tie = (key == boundary).to(tl.int32)
+        inside = (key > boundary) | ((tie != 0) & (tl.cumsum(tie, 0) <= ties))
+        ties -= tl.sum(tie, 0)
+        taken = inside.to(tl.int32)
+        place = filled + tl.cumsum(taken, 0) - 1
+        tl.store(chosen + place, (key.to(tl.int64) << _SHIFT) - token, mask=inside)
+        filled += tl.sum(taken, 0)
+        x = tl.where(inside, -INF, from_ordered_key(key))
         new_top = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(new_top == -INF, 0.0, new_top)
         e = tl.exp(k * (x - shift))
         if masses is not None:
-            others = (token < limit) & (x > -INF)
-            e *= tl.load(masses + row * limit + token, mask=others, other=0.0)
-        z *= tl.exp(k * (top - shift)).to(tl.float64)
-        z += tl.sum(partial_sums(e, LANES).to(tl.float64), 0)
+            e *= tl.load(masses + row * limit + token, mask=x > -INF, other=0.0)
+        z = z * tl.exp(k * (top - shift)).to(tl.float64) + tl.sum(e, 0).to(tl.float64)
         top = new_top
     tl.store(rest + row * 2, top.to(tl.float64))
     tl.store(rest + row * 2 + 1, z)
@@ -163,22 +166,22 @@ def _choose(
 
 @triton.jit
 def _write(
-    keys, rest, ids, logprobs, tail, lse, slots, temperature, SLOTS: tl.constexpr,
+    chosen, rest, ids, logprobs, tail, lse, slots, temperature, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """One row's results from its keys in order and what they leave."""
+    """One row's results from its K tokens in order and what they leave."""
     row = tl.program_id(0).to(tl.int64)
     nan = float("nan")
     temperature = tl.full((), temperature, tl.float32).to(tl.float64)
     k = 1.0 / temperature
-    keys, ids, logprobs = keys + row * slots, ids + row * slots, logprobs + row * slots
-    first, _token = _decode(tl.load(keys))
+    chosen, ids, logprobs = chosen + row * slots, ids + row * slots, logprobs + row * slots
+    first, _token = _unpack(tl.load(chosen))
     sound = (tl.abs(first) < INF) & (temperature > 0.0) & (temperature < INF)
     peak = tl.where(sound, first, 0.0).to(tl.float64)
     absent = tl.where(sound, -INF, INF)
     others = tl.full((), 0.0, tl.float64)  # of the chosen, but for the first
     for begin in range(0, slots, SLOTS):
         slot = begin + tl.arange(0, SLOTS)
-        x, _tokens = _decode(tl.load(keys + slot, mask=slot < slots, other=0))
+        x, _tokens = _unpack(tl.load(chosen + slot, mask=slot < slots, other=0))
         e = tl.exp(k * (x.to(tl.float64) - peak))
         others += tl.sum(tl.where((slot > 0) & (slot < slots), e, 0.0), 0)
     top, z = tl.load(rest + row * 2), tl.load(rest + row * 2 + 1)
@@ -188,7 +191,7 @@ def _write(
     tl.store(lse + row, (k * peak + log_z).to(tl.float32))
     for begin in range(0, slots, SLOTS):
         slot = begin + tl.arange(0, SLOTS)
-        x, token = _decode(tl.load(keys + slot, mask=slot < slots, other=0))
+        x, token = _unpack(tl.load(chosen + slot, mask=slot < slots, other=0))
         value = k * (x.to(tl.float64) - peak) - log_z
         tl.store(logprobs + slot, value.to(tl.float32), mask=slot < slots)
         tl.store(ids + slot, tl.where(x > absent, token, -1), mask=slot < slots)
@@ -203,11 +206,11 @@ def topk_logprobs_fwd(
     if rows == 0:
         return
     group = _group(vocab, k)
-    keys = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
+    chosen = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
     rest = torch.empty((rows, 2), dtype=torch.float64, device=logits.device)
     with on_device(logits):
         if group == 0:
-            _choose_from(logits, None, None, None, keys, rest, vocab, k, temperature, 1)
+            _choose_from(logits, None, None, None, chosen, rest, vocab, k, temperature, 1)
         else:
             count = triton.cdiv(vocab, group)
             tops, masses = lse.new_empty((rows, count)), lse.new_empty((rows, count))
@@ -217,27 +220,27 @@ def topk_logprobs_fwd(
                 logits, tops, masses, logits.stride(0), vocab, count, temperature, GROUP=group,
                 BLOCK=block, **compiler_options(block, 4 * elements),
             )  # fmt: skip
-            groups, outside = torch.empty_like(keys), torch.empty_like(rest)
+            groups, outside = torch.empty_like(chosen), torch.empty_like(rest)
             _choose_from(tops, masses, None, None, groups, outside, count, k, temperature, 1)
             _choose_from(
-                logits, None, groups, outside, keys, rest, k * group, k, temperature, group
+                logits, None, groups, outside, chosen, rest, k * group, k, temperature, group
             )
         slots = max(32, min(SLOTS, triton.next_power_of_2(k)))
         _write[(rows,)](
-            keys.sort(-1, descending=True).values, rest, ids, logprobs, tail, lse, k, temperature,
+            chosen.sort(-1, descending=True).values, rest, ids, logprobs, tail, lse, k, temperature,
             SLOTS=slots, **compiler_options(slots, 1),
         )  # fmt: skip
 
 
 def _choose_from(
     values: Tensor, masses: Tensor | None, groups: Tensor | None, before: Tensor | None,
-    keys: Tensor, rest: Tensor, size: int, k: int, temperature: float, group: int,
+    chosen: Tensor, rest: Tensor, size: int, k: int, temperature: float, group: int,
 ) -> None:  # fmt: skip
     """Launches `_choose` for candidates of `size` a row."""
     block = max(32 * _PER_THREAD, min(KEPT, triton.next_power_of_2(size)))
     _choose[(len(values),)](
-        values, masses, groups, before, keys, rest, values.stride(0), size, values.shape[1], k,
-        temperature, GROUP=group, KEEP=size <= block, BLOCK=block, LANES=block // _PER_THREAD,
+        values, masses, groups, before, chosen, rest, values.stride(0), size, values.shape[1], k,
+        temperature, GROUP=group, KEEP=size <= block, BLOCK=block,
         **compiler_options(block, _PER_THREAD),
     )  # fmt: skip
 
