@@ -31,7 +31,7 @@ from pydistill.kernels._common.numerics import (
     ordered_key,
 )
 
-THREADS = 256  # of a program that reads groups; each takes 16 bytes at a load, four times
+THREADS = 256  # of a program that reads groups; each takes 16 bytes at a load, twice
 KEPT = 16384  # candidates that a program keeps in registers
 _PER_THREAD = 16  # of them at least
 SLOTS = 256  # of the K, taken at a time
@@ -63,7 +63,7 @@ def _inverse(temperature):
 
 @triton.jit
 def _reduce_groups(
-    logits, tops, masses, stride, vocab, groups, temperature, GROUP: tl.constexpr,
+    logits, tops, masses, stride, width, vocab, groups, temperature, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of exponentials about it, of the groups in a block of a row."""
@@ -75,34 +75,38 @@ def _reduce_groups(
     shift = tl.where(top == -INF, 0.0, top)
     mass = tl.sum(tl.exp(_inverse(temperature) * (x - shift[:, None])), 1)
     group = block * COUNT + tl.arange(0, COUNT)
-    tl.store(tops + row * groups + group, top, mask=group < groups)
-    tl.store(masses + row * groups + group, mass, mask=group < groups)
+    tl.store(tops + row * width + group, top, mask=group < groups)
+    tl.store(masses + row * width + group, mass, mask=group < groups)
 
 
 @triton.jit
 def _tokens(groups, begin, size, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a block of the candidates is: among all of a row, or in the chosen groups."""
+    """Where a block of the candidates is, among all of a row or in the chosen groups, and which of
+    it are candidates."""
     if groups is None:
-        return begin + tl.arange(0, BLOCK)
+        token = begin + tl.arange(0, BLOCK)
+        return token, token < limit
     else:
         slot = begin // GROUP + tl.arange(0, BLOCK // GROUP)
         present = slot < size // GROUP
         _top, group = _unpack(tl.load(groups + slot, mask=present, other=0))
-        first = tl.where(present, group.to(tl.int32) * GROUP, limit)
-        return first[:, None] + tl.arange(0, GROUP)[None, :]
+        token = (group.to(tl.int32) * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+        return token, present[:, None] & (token < limit)
 
 
 @triton.jit
 def _keys(values, groups, begin, size, limit, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Ordered integers of a block of the candidates; those of -inf come behind the last."""
-    token = _tokens(groups, begin, size, limit, GROUP, BLOCK)
-    return tl.reshape(ordered_key(_load(values + token, token < limit)), (BLOCK,))
+    """Ordered integers of a block of the candidates, and their places; those of -inf come behind
+    the last."""
+    token, present = _tokens(groups, begin, size, limit, GROUP, BLOCK)
+    key = ordered_key(_load(values + token, present))
+    return tl.reshape(key, (BLOCK,)), tl.reshape(token, (BLOCK,))
 
 
 @triton.jit
 def _choose(
     values, masses, groups, before, chosen, rest, stride, size, limit, slots, temperature,
-    GROUP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """The K best of a row's candidates, in their order, and maximum and sum of exponentials of the
     others.
@@ -115,7 +119,7 @@ def _choose(
     if groups is not None:
         groups = groups + row * slots
     if KEEP:
-        key = _keys(values, groups, 0, size, limit, GROUP, BLOCK)
+        key, _token = _keys(values, groups, 0, size, limit, GROUP, BLOCK)
 
     # The boundary is in [low, high]; `above` candidates are beyond `high`.
     low, high = tl.full((), _LOWEST, tl.int64), tl.full((), _HIGHEST, tl.int64)
@@ -126,7 +130,7 @@ def _choose(
         lowest, highest = high.to(tl.int32), low.to(tl.int32)  # at the cut or above, and below it
         for begin in range(0, size, BLOCK):
             if not KEEP:
-                key = _keys(values, groups, begin, size, limit, GROUP, BLOCK)
+                key, _token = _keys(values, groups, begin, size, limit, GROUP, BLOCK)
             beyond = key >= cut
             count += tl.sum(beyond.to(tl.int32), 0)
             lowest = tl.minimum(lowest, tl.min(tl.where(beyond, key, _HIGHEST), 0))
@@ -141,23 +145,21 @@ def _choose(
     if before is not None:
         top, z = tl.load(before + row * 2).to(tl.float32), tl.load(before + row * 2 + 1)
     filled, ties = tl.full((), 0, tl.int32), slots - above
-    for begin in range(0, size, BLOCK):
-        if not KEEP:
-            key = _keys(values, groups, begin, size, limit, GROUP, BLOCK)
-        token = tl.reshape(_tokens(groups, begin, size, limit, GROUP, BLOCK), (BLOCK,))
-        tie = (key == boundary).to(tl.int32)
-        inside = (key > boundary) | ((tie != 0) & (tl.cumsum(tie, 0) <= ties))
+    for begin in range(0, size, PART):
+        logit, token = _keys(values, groups, begin, size, limit, GROUP, PART)
+        tie = (logit == boundary).to(tl.int32)
+        inside = (logit > boundary) | ((tie != 0) & (tl.cumsum(tie, 0) <= ties))
         ties -= tl.sum(tie, 0)
         taken = inside.to(tl.int32)
         place = filled + tl.cumsum(taken, 0) - 1
-        tl.store(chosen + place, (key.to(tl.int64) << _SHIFT) - token, mask=inside)
+        tl.store(chosen + place, (logit.to(tl.int64) << _SHIFT) - token, mask=inside)
         filled += tl.sum(taken, 0)
-        x = tl.where(inside, -INF, from_ordered_key(key))
+        x = tl.where(inside, -INF, from_ordered_key(logit))
         new_top = tl.maximum(top, tl.max(x, 0))
         shift = tl.where(new_top == -INF, 0.0, new_top)
         e = tl.exp(k * (x - shift))
         if masses is not None:
-            e *= tl.load(masses + row * limit + token, mask=x > -INF, other=0.0)
+            e *= tl.load(masses + row * stride + token, mask=x > -INF, other=0.0)
         z = z * tl.exp(k * (top - shift)).to(tl.float64) + tl.sum(e, 0).to(tl.float64)
         top = new_top
     tl.store(rest + row * 2, top.to(tl.float64))
@@ -210,21 +212,26 @@ def topk_logprobs_fwd(
     rest = torch.empty((rows, 2), dtype=torch.float64, device=logits.device)
     with on_device(logits):
         if group == 0:
-            _choose_from(logits, None, None, None, chosen, rest, vocab, k, temperature, 1)
+            _choose_from(
+                logits, None, None, None, chosen, rest, vocab, vocab, k, temperature, 1
+            )  # fmt: skip
         else:
             count = triton.cdiv(vocab, group)
-            tops, masses = lse.new_empty((rows, count)), lse.new_empty((rows, count))
-            elements = 16 // logits.element_size()
-            block = 4 * elements * THREADS
+            width = 16 * triton.cdiv(count, 16)  # so that rows of them are aligned
+            tops, masses = lse.new_empty((rows, width)), lse.new_empty((rows, width))
+            elements = 32 // logits.element_size()
+            block = elements * THREADS
             _reduce_groups[(rows, triton.cdiv(vocab, block))](
-                logits, tops, masses, logits.stride(0), vocab, count, temperature, GROUP=group,
-                BLOCK=block, **compiler_options(block, 4 * elements),
+                logits, tops, masses, logits.stride(0), width, vocab, count, temperature,
+                GROUP=group, BLOCK=block, **compiler_options(block, elements),
             )  # fmt: skip
             groups, outside = torch.empty_like(chosen), torch.empty_like(rest)
-            _choose_from(tops, masses, None, None, groups, outside, count, k, temperature, 1)
             _choose_from(
-                logits, None, groups, outside, chosen, rest, k * group, k, temperature, group
-            )
+                tops, masses, None, None, groups, outside, count, count, k, temperature, 1
+            )  # fmt: skip
+            _choose_from(
+                logits, None, groups, outside, chosen, rest, k * group, vocab, k, temperature, group
+            )  # fmt: skip
         slots = max(32, min(SLOTS, triton.next_power_of_2(k)))
         _write[(rows,)](
             chosen.sort(-1, descending=True).values, rest, ids, logprobs, tail, lse, k, temperature,
@@ -234,13 +241,13 @@ def topk_logprobs_fwd(
 
 def _choose_from(
     values: Tensor, masses: Tensor | None, groups: Tensor | None, before: Tensor | None,
-    chosen: Tensor, rest: Tensor, size: int, k: int, temperature: float, group: int,
+    chosen: Tensor, rest: Tensor, size: int, limit: int, k: int, temperature: float, group: int,
 ) -> None:  # fmt: skip
     """Launches `_choose` for candidates of `size` a row."""
     block = max(32 * _PER_THREAD, min(KEPT, triton.next_power_of_2(size)))
     _choose[(len(values),)](
-        values, masses, groups, before, chosen, rest, values.stride(0), size, values.shape[1], k,
-        temperature, GROUP=group, KEEP=size <= block, BLOCK=block,
+        values, masses, groups, before, chosen, rest, values.stride(0), size, limit, k, temperature,
+        GROUP=group, KEEP=size <= block, BLOCK=block, PART=max(group, block // 4),
         **compiler_options(block, _PER_THREAD),
     )  # fmt: skip
 
