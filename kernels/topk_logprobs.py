@@ -63,7 +63,7 @@ def _inverse(temperature):
 
 @triton.jit
 def _reduce_groups(
-    logits, tops, masses, stride, width, vocab, groups, temperature, GROUP: tl.constexpr,
+    logits, tops, masses, stride, vocab, groups, temperature, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Maximum and sum of exponentials about it, of the groups in a block of a row."""
@@ -75,8 +75,8 @@ def _reduce_groups(
     shift = tl.where(top == -INF, 0.0, top)
     mass = tl.sum(tl.exp(_inverse(temperature) * (x - shift[:, None])), 1)
     group = block * COUNT + tl.arange(0, COUNT)
-    tl.store(tops + row * width + group, top, mask=group < groups)
-    tl.store(masses + row * width + group, mass, mask=group < groups)
+    tl.store(tops + row * groups + group, top, mask=group < groups)
+    tl.store(masses + row * groups + group, mass, mask=group < groups)
 
 
 @triton.jit
@@ -216,14 +216,13 @@ def topk_logprobs_fwd(
                 logits, None, None, None, chosen, rest, vocab, vocab, k, temperature, 1
             )  # fmt: skip
         else:
-            count = triton.cdiv(vocab, group)
-            width = 16 * triton.cdiv(count, 16)  # so that rows of them are aligned
-            tops, masses = lse.new_empty((rows, width)), lse.new_empty((rows, width))
+            count = 16 * triton.cdiv(vocab, 16 * group)  # so that rows of them are aligned
+            tops, masses = lse.new_empty((rows, count)), lse.new_empty((rows, count))
             elements = 32 // logits.element_size()
             block = elements * THREADS
-            _reduce_groups[(rows, triton.cdiv(vocab, block))](
-                logits, tops, masses, logits.stride(0), width, vocab, count, temperature,
-                GROUP=group, BLOCK=block, **compiler_options(block, elements),
+            _reduce_groups[(rows, triton.cdiv(count * group, block))](
+                logits, tops, masses, logits.stride(0), vocab, count, temperature, GROUP=group,
+                BLOCK=block, **compiler_options(block, elements),
             )  # fmt: skip
             groups, outside = torch.empty_like(chosen), torch.empty_like(rest)
             _choose_from(
