@@ -121,7 +121,7 @@ def _choose(
     if KEEP:
         key, _token = _keys(values, groups, 0, size, limit, GROUP, BLOCK)
 
-    # The boundary is in [low, high]; `above` candidates are beyond `high`.
+    # The boundary is `low` or in [low, high], beyond which are `above` candidates.
     low, high = tl.full((), _LOWEST, tl.int64), tl.full((), _HIGHEST, tl.int64)
     above = tl.full((), 0, tl.int32)
     while low < high:
@@ -136,7 +136,7 @@ def _choose(
             lowest = tl.minimum(lowest, tl.min(tl.where(beyond, key, _HIGHEST), 0))
             highest = tl.maximum(highest, tl.max(tl.where(beyond, _LOWEST, key), 0))
         low = tl.where(count >= slots, lowest, low).to(tl.int64)
-        high = tl.where(count > slots, high, tl.where(count == slots, lowest, highest).to(tl.int64))
+        high = tl.where(count > slots, high, highest).to(tl.int64)  # below `low` if just K are
         above = tl.where(count < slots, count, above)
     boundary = low.to(tl.int32)
 
@@ -177,13 +177,13 @@ def _write(
     k = 1.0 / temperature
     chosen, ids, logprobs = chosen + row * slots, ids + row * slots, logprobs + row * slots
     first, _token = _unpack(tl.load(chosen))
-    sound = (tl.abs(first) < INF) & (temperature > 0.0) & (temperature < INF)
-    peak = tl.where(sound, first, 0.0).to(tl.float64)
+    sound = (first < INF) & (temperature > 0.0) & (temperature < INF)
+    peak = first.to(tl.float64)  # if -inf, all that follows is NaN
     absent = tl.where(sound, -INF, INF)
     others = tl.full((), 0.0, tl.float64)  # of the chosen, but for the first
     for begin in range(0, slots, SLOTS):
         slot = begin + tl.arange(0, SLOTS)
-        x, _tokens = _unpack(tl.load(chosen + slot, mask=slot < slots, other=0))
+        x, _token = _unpack(tl.load(chosen + slot, mask=slot < slots, other=0))
         e = tl.exp(k * (x.to(tl.float64) - peak))
         others += tl.sum(tl.where((slot > 0) & (slot < slots), e, 0.0), 0)
     top, z = tl.load(rest + row * 2), tl.load(rest + row * 2 + 1)
