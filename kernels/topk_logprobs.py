@@ -66,14 +66,13 @@ def _reduce_groups(
     logits, tops, masses, stride, vocab, groups, temperature, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials about it, of the groups in a block of a row."""
+    """Maximum and sum of exponentials about it, of the groups in a block of a row; NaN of -inf only."""
     COUNT: tl.constexpr = BLOCK // GROUP
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.reshape(_load(logits + row * stride + at, at < vocab), (COUNT, GROUP))
     top = tl.max(x, 1)
-    shift = tl.where(top == -INF, 0.0, top)
-    mass = tl.sum(tl.exp(_inverse(temperature) * (x - shift[:, None])), 1)
+    mass = tl.sum(tl.exp(_inverse(temperature) * (x - top[:, None])), 1)
     group = block * COUNT + tl.arange(0, COUNT)
     tl.store(tops + row * groups + group, top, mask=group < groups)
     tl.store(masses + row * groups + group, mass, mask=group < groups)
@@ -121,7 +120,7 @@ def _choose(
     if KEEP:
         key, _token = _keys(values, groups, 0, size, limit, GROUP, BLOCK)
 
-    # The boundary is `low` or in [low, high], beyond which are `above` candidates.
+    # The boundary is in [low, high], beyond which are `above` candidates.
     low, high = tl.full((), _LOWEST, tl.int64), tl.full((), _HIGHEST, tl.int64)
     above = tl.full((), 0, tl.int32)
     while low < high:
@@ -135,9 +134,10 @@ def _choose(
             count += tl.sum(beyond.to(tl.int32), 0)
             lowest = tl.minimum(lowest, tl.min(tl.where(beyond, key, _HIGHEST), 0))
             highest = tl.maximum(highest, tl.max(tl.where(beyond, _LOWEST, key), 0))
-        low = tl.where(count >= slots, lowest, low).to(tl.int64)
-        high = tl.where(count > slots, high, highest).to(tl.int64)  # below `low` if just K are
-        above = tl.where(count < slots, count, above)
+        enough = count >= slots
+        low = tl.where(enough, lowest, low).to(tl.int64)
+        high = tl.where(enough, high, highest).to(tl.int64)
+        above = tl.where(enough, above, count)
     boundary = low.to(tl.int32)
 
     k = _inverse(temperature)

@@ -20,15 +20,17 @@ CHOICE = [
     Mutant("tl.where(x != x, INF, x)", "x"),
     Mutant("tl.where(x != x, INF, x)", "tl.where(x != x, -INF, x)"),
     Mutant("key = (packed + _BELOW) >> _SHIFT", "key = packed >> _SHIFT"),
-    Mutant("shift = tl.where(top == -INF, 0.0, top)", "shift = top"),
-    Mutant("tl.exp(_inverse(temperature) * (x - shift[:, None]))", "tl.exp(x - shift[:, None])"),
+    Mutant("top = tl.max(x, 1)", "top = tl.max(x, 1) - 1.0"),
+    Mutant("mask=x > -INF, other=0.0", "mask=token < limit, other=0.0"),
+    Mutant("tl.exp(_inverse(temperature) * (x - top[:, None]))", "tl.exp(x - top[:, None])"),
     Mutant("present = slot < size // GROUP", "present = slot <= size // GROUP"),
     Mutant("present[:, None] & (token < limit)", "present[:, None]"),
     Mutant("tl.minimum(lowest, tl.min(tl.where", "(tl.min(tl.where"),
     Mutant("tl.maximum(highest, tl.max(tl.where", "(tl.max(tl.where"),
     Mutant("count += tl.sum(beyond", "count = tl.sum(beyond"),
-    Mutant("high = tl.where(count > slots,", "high = tl.where(count >= slots,"),
-    Mutant("above = tl.where(count < slots,", "above = tl.where(count <= slots,"),
+    Mutant("enough = count >= slots", "enough = count > slots"),
+    Mutant("above = tl.where(enough, above, count)", "above = tl.where(enough, count, above)"),
+    Mutant("lowest, low).to(tl.int64)", "cut, low).to(tl.int64)"),
     Mutant("filled, ties = tl.full((), 0, tl.int32), slots - above", "filled, ties = 0, slots"),
     Mutant("if before is not None:", "if (before is not None) & (slots == 0):"),
     Mutant("(tl.cumsum(tie, 0) <= ties)", "(tl.cumsum(tie, 0) < ties)"),
@@ -38,7 +40,7 @@ CHOICE = [
     Mutant("new_top = tl.maximum(top, tl.max(x, 0))", "new_top = tl.max(x, 0)"),
     Mutant("e = tl.exp(k * (x - shift))", "e = tl.exp(x - shift)"),
     Mutant("e *= tl.load(masses", "e += 0.0 * tl.load(masses"),
-    Mutant("tl.load(masses + row * stride + token", "tl.load(masses + row * stride"),
+    Mutant("tl.load(masses + row * stride + token", "tl.load(masses + row + token"),
     Mutant("z = z * tl.exp(k * (top - shift)).to(tl.float64) + ", "z = z + "),
     Mutant("2 * k * group > KEPT", "k * group > 64 * KEPT"),
     Mutant("2 * k * group <= vocab", "2 * k * group < 0"),
@@ -154,15 +156,22 @@ def check_bounds(kernels: ModuleType) -> None:
 
 def check_bytes(kernels: ModuleType) -> None:
     """A row in registers is read twice, once to find its boundary; one in groups once, and the
-    candidates as often as that."""
-    z = rows(1501)
+    candidates as often as that, or once a step if they are too many."""
+    z = rows(1501)[[1, 5, 7]]
     z[:, -29:] = -10.0  # the last group, which is shorter, must not be chosen
-    for size, k, reads in ((500, 20, 2 * 500), (1501, 7, 1501 + 2 * 7 * 32)):
+    sweep = ["_reduce_groups", "_choose"]
+    for size, k, before, most in (
+        (500, 20, [], 2 * 500),
+        (1501, 7, sweep, 1501 + 2 * 7 * 32),
+        (1501, 40, sweep, 1501 + 13 * 40 * 16),
+    ):
         with strict() as meter:
-            run(kernels, z[[0, 1, 5], :size], k, 1.0)
-        loaded = sum(launch.bytes["logits"].loaded for launch in meter.launches[:1] if size > 512)
-        loaded += meter.launches[-2].bytes["values"].loaded
-        assert loaded == 3 * 4 * reads, (loaded, 3 * 4 * reads)
+            run(kernels, z[:, :size], k, 1.0)
+        assert [launch.kernel for launch in meter.launches] == [*before, "_choose", "_write"]
+        loaded = meter.launches[-2].bytes["values"].loaded
+        if before:
+            loaded += meter.launches[0].bytes["logits"].loaded
+        assert loaded <= 12 * most and (k == 40 or loaded == 12 * most), (loaded, 12 * most)
 
 
 def check_kernels(kernels: ModuleType) -> None:
