@@ -66,7 +66,7 @@ def _reduce_groups(
     logits, tops, masses, stride, vocab, groups, temperature, GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials about it, of the groups in a block of a row; NaN of -inf only."""
+    """Maximum and sum of exponentials about it, NaN if that is -inf, of the groups in a block."""
     COUNT: tl.constexpr = BLOCK // GROUP
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
@@ -176,7 +176,7 @@ def _write(
     temperature = tl.full((), temperature, tl.float32).to(tl.float64)
     k = 1.0 / temperature
     chosen, ids, logprobs = chosen + row * slots, ids + row * slots, logprobs + row * slots
-    first, _token = _unpack(tl.load(chosen))
+    first, _best = _unpack(tl.load(chosen))
     sound = (first < INF) & (temperature > 0.0) & (temperature < INF)
     peak = first.to(tl.float64)  # if -inf, all that follows is NaN
     absent = tl.where(sound, -INF, INF)
