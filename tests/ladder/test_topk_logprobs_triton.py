@@ -69,12 +69,13 @@ def test_bytes(kernels) -> None:
     ("vocab", "k", "dtype", "most"),
     [
         (32000, 64, torch.float32, 1.35),
-        (32000, 64, torch.bfloat16, 1.7),
-        (151936, 64, torch.bfloat16, 1.2),
-        (151936, 256, torch.bfloat16, 1.35),
+        (32000, 64, torch.bfloat16, 1.5),
+        (32000, 256, torch.bfloat16, 2.05),
+        (151936, 64, torch.bfloat16, 1.25),
+        (151936, 256, torch.bfloat16, 1.5),
         (262144, 1000, torch.float32, 1.5),
-        (16000, 300, torch.bfloat16, 2.05),
-        (151936, 3000, torch.bfloat16, 5.0),  # more candidates than fit into registers
+        (16000, 50, torch.bfloat16, 2.05),
+        (151936, 3000, torch.bfloat16, 6.8),  # more candidates than fit into registers
     ],
     ids=str,
 )
@@ -85,7 +86,7 @@ def test_bytes_over_their_floor(vocab: int, k: int, dtype: torch.dtype, most: fl
     with strict() as meter:
         found = topk_logprobs(z, k, impl="triton")
     ratio = meter.total_requested() / (z.nbytes + 12 * k + 8)
-    assert most - 0.35 < ratio <= most, ratio
+    assert most - 0.1 < ratio <= most, ratio
     mutants.compare(tuple(found), z, k, 1.0)
 
 

@@ -41,7 +41,8 @@ CHOICE = [
     Mutant("e *= tl.load(masses", "e += 0.0 * tl.load(masses"),
     Mutant("tl.load(masses + row * stride + token", "tl.load(masses + row + token"),
     Mutant("z = z * tl.exp(k * (top - shift)).to(tl.float64) + ", "z = z + "),
-    Mutant("2 * k * group > KEPT", "k * group > 64 * KEPT"),
+    Mutant("k * group > KEPT", "k * group < 0"),
+    Mutant("k * group * group * itemsize > 10 * vocab", "k < 0"),
     Mutant("2 * k * group <= vocab", "2 * k * group < 0"),
 ]
 RESULTS = [
@@ -67,7 +68,7 @@ PARTS = {"choice": CHOICE, "results": RESULTS}
 ROWS = 8
 # V and K: a row in registers; candidates in groups, few and so many that they are read again (from
 # a vocabulary that is no multiple of the groups); groups too many as well; too many for groups.
-SHAPES = ((500, 20), (1501, 7), (1501, 40), (9001, 18), (1501, 300))
+SHAPES = ((500, 20), (1501, 3), (1501, 40), (9001, 18), (1501, 300))
 
 
 def small_blocks(kernels: ModuleType) -> None:
@@ -129,10 +130,10 @@ def check_values(kernels: ModuleType) -> None:
 def check_flags(kernels: ModuleType) -> None:
     """Rows with NaN, of either sign and wherever, +inf or nothing are NaN, others not; so is a
     temperature out of range."""
-    for vocab, k in ((512, 20), (1536, 7)):
+    for vocab, k in ((512, 20), (1536, 3)):
         z = torch.randn(7, vocab, generator=torch.Generator().manual_seed(3))
         z[1, 3], z[2, -1], z[3, 300], z[4] = math.nan, -math.nan, math.inf, -math.inf
-        z[5, 40], z[6, 7:] = -math.inf, -math.inf
+        z[5, 40], z[6, 2:] = -math.inf, -math.inf
         compare(run(kernels, z, k, 1.0), z, k, 1.0)
     for temperature in (-1.0, 0.0, math.inf, math.nan):
         ids, *others = run(kernels, z[:1, :60], 20, temperature)
@@ -141,7 +142,7 @@ def check_flags(kernels: ModuleType) -> None:
 
 def check_bounds(kernels: ModuleType) -> None:
     """Strided rows between guards, of odd length."""
-    for k in (7, 40):
+    for k in (3, 40):
         guards = Guards()
         wide = torch.full((3, 1509), math.nan)
         wide[:, 3:1504] = rows(1501)[[2, 3, 6]]
@@ -161,7 +162,8 @@ def check_bytes(kernels: ModuleType) -> None:
     sweep = ["_reduce_groups", "_choose"]
     for size, k, before, most in (
         (500, 20, [], 2 * 500),
-        (1501, 7, sweep, 1501 + 2 * 7 * 32),
+        (1501, 3, sweep, 1501 + 2 * 3 * 32),
+        (1501, 16, sweep, 1501 + 2 * 16 * 16),
         (1501, 40, sweep, 1501 + 13 * 40 * 16),
     ):
         with strict() as meter:
