@@ -8,8 +8,10 @@ from tools.ladder import proof
 from tools.ladder.mutants import (
     divergence_cuda,
     divergence_triton,
+    token_logprob_triton,
     topk_divergence_cuda,
     topk_divergence_triton,
+    topk_logprobs_triton,
 )
 
 pytestmark = pytest.mark.ladder
@@ -47,12 +49,15 @@ def test_the_full_ladder_has_cases_and_mutants_of_both_backends() -> None:
         "test_topk_divergence_cuda.py::test_mutants_die",
         "test_topk_divergence_triton.py::test_table",
         "test_topk_divergence_triton_mutants.py::test_all_mutants_die",
+        "test_topk_logprobs_triton.py::test_table",
+        "test_topk_logprobs_triton_mutants.py::test_all_mutants_die",
     }
 
 
 def test_every_kernel_has_ten_mutants() -> None:
     for module in (
-        divergence_triton, divergence_cuda, topk_divergence_triton, topk_divergence_cuda,
+        divergence_triton, divergence_cuda, token_logprob_triton, topk_divergence_triton,
+        topk_divergence_cuda, topk_logprobs_triton,
     ):  # fmt: skip
         for part, mutants in module.PARTS.items():
             assert len(set(mutants)) == len(mutants)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pydistill.reference.divergence import KINDS
-from tools.ladder import topk_divergence_table
+from tools.ladder import topk_divergence_table, topk_logprobs_table
 from tools.ladder.cuda.nvcc import TARGETS
 from tools.ladder.dry_run import GATE
 from tools.ladder.table import (
@@ -100,6 +100,33 @@ def test_tracked_table_has_every_row_of_topk_divergence() -> None:
         for target in TARGETS:
             for part in ("outside", "forward", "backward"):
                 assert f"cuda topk_divergence {part} {dtype} {target}" in table
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tracked_rows_of_token_logprob(dtype: str) -> None:
+    """The row once forward, and the token's logit once more; the row and the gradient backward."""
+    table, item = json.loads(JSON.read_text()), {"fp32": 4, "bf16": 2}[dtype]
+    forward, backward = (table[f"triton token_logprob {d} {dtype} bytes"] for d in DIRECTIONS)
+    assert forward["logits"] == VOCAB * item + item and forward["small"] == 8 + 4 * 7
+    assert backward["logits"] == 2 * VOCAB * item and backward["small"] == 8 + 4 * 7
+    assert forward["ratio"] <= 1.1 and backward["ratio"] <= 1.1
+    for direction in DIRECTIONS:
+        for target in GATE:
+            assert table[f"triton token_logprob {direction} {dtype} {target}"]["spills"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tracked_rows_of_topk_logprobs(dtype: str) -> None:
+    """A row once, and twice the tokens of 64 groups; a row in registers twice."""
+    table, item = json.loads(JSON.read_text()), {"fp32": 4, "bf16": 2}[dtype]
+    forward, row = (table[f"triton topk_logprobs {n} {dtype} bytes"] for n in ("forward", "row"))
+    assert forward["logits"] == (VOCAB + 2 * topk_logprobs_table.SLOTS * 32) * item
+    assert row["logits"] == 2 * topk_logprobs_table.SHORT * item
+    assert forward["ratio"] <= 1.5 and row["ratio"] <= 2.05
+    for parts in topk_logprobs_table.PARTS.values():
+        for part, _ in parts:
+            for target in GATE:
+                assert table[f"triton topk_logprobs {part} {dtype} {target}"]["spills"] == 0
 
 
 def test_tracked_versions_are_those_required() -> None:

@@ -223,7 +223,7 @@ def cuda_bytes() -> Table:
 
 def collect(tracked: Table) -> Table:
     """All rows, sorted; the proofs of `tracked` stand, and without nvcc its CUDA rows."""
-    from tools.ladder import topk_divergence_table
+    from tools.ladder import token_logprob_table, topk_divergence_table, topk_logprobs_table
     from tools.ladder.cuda.nvcc import TARGETS, find_nvcc
 
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
@@ -239,7 +239,10 @@ def collect(tracked: Table) -> Table:
     # GATE is spelled out: importing dry_run would import triton into this process.
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         jobs += [(triton_rows, (target,)), (topk_divergence_table.triton_rows, (target,))]
+        jobs += [(token_logprob_table.triton_rows, (target,))]
+        jobs += [(topk_logprobs_table.triton_rows, (target,))]
     jobs += [(triton_bytes, ()), (topk_divergence_table.triton_bytes, ())]
+    jobs += [(token_logprob_table.triton_bytes, ()), (topk_logprobs_table.triton_bytes, ())]
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         for result in [pool.apply_async(job, arguments) for job, arguments in jobs]:
             rows |= result.get()
@@ -276,6 +279,9 @@ def markdown(table: Table) -> str:
         f"brackets, for a row of {LONG} logits and a limit of 227 KB.",
         "`topk_divergence` has 64 tokens as support, and its floor is the row alone: once forward,",
         "once read and once written backward; sorting the ids, in torch, is not counted.",
+        "`token_logprob` has that floor too. `topk_logprobs` looks for 64 tokens; its floor is the",
+        "row and the results, and sorting the 64, in torch, is not counted. `topk_logprobs row` is",
+        "the way of a row of 16384 logits, which its program keeps in registers.",
     ]
     if "versions" in table:
         named = (f"{name} {version}" for name, version in table["versions"].items())

@@ -23,8 +23,14 @@ FORMS = (
 )
 
 
-def bytes_row(direction: str, traffic: Mapping[str, int], itemsize: int) -> Row:
-    streams = ("student", "grad")[: {"forward": 1, "backward": 2}[direction]]
+def bytes_row(
+    direction: str,
+    traffic: Mapping[str, int],
+    itemsize: int,
+    names: tuple[str, str] = ("student", "grad"),
+) -> Row:
+    """The table's row where the floor is one row of logits, and backward its gradient too."""
+    streams = names[: {"forward": 1, "backward": 2}[direction]]
     stream = BYTES_ROWS * VOCAB * itemsize
     logits, total = sum(traffic[name] for name in streams), sum(traffic.values())
     return {
