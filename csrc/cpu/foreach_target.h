@@ -51,8 +51,9 @@ PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2")
 #undef PD_TARGET
 #undef PD_NAMESPACE
 PD_END_TARGET
-
 #undef PD_TOGGLE
+
+#ifndef PD_WITHOUT_AVX512  // of a build for a machine that could not run it
 PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl")
 #define PD_TARGET PD_TARGET_AVX512
 #define PD_NAMESPACE avx512
@@ -70,12 +71,19 @@ PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl,avx51
 #undef PD_NAMESPACE
 PD_END_TARGET
 #undef PD_TOGGLE
+#endif
 
+#ifdef PD_WITHOUT_AVX512
+#define PD_EXPORT(function)                                                 \
+  decltype(&scalar::function) const function##_table[pd::kCapabilities] = { \
+      &scalar::function, &avx2::function, &avx2::function, &avx2::function, &avx2::function};
+#else
 // The AMX capability adds tiles for matrix products; everything else runs the AVX512-BF16 code.
 #define PD_EXPORT(function)                                                          \
   decltype(&scalar::function) const function##_table[pd::kCapabilities] = {          \
       &scalar::function, &avx2::function, &avx512::function, &avx512_bf16::function, \
       &avx512_bf16::function};
+#endif
 #else
 #define PD_EXPORT(function)                                                       \
   decltype(&scalar::function) const function##_table[pd::kCapabilities] = {       \
