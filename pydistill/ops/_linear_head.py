@@ -95,15 +95,20 @@ def widest(*heads: Head) -> Tensor:
     return torch.empty(0, dtype=dtype, device=heads[0].hidden.device)
 
 
-class RowLoss(Protocol):
-    """An operator on rows of logits, as the driver calls it. Rows are those of the selection."""
+# An operator on rows of logits, as the driver calls it; `rows` are those of the selection.
 
+
+class Forward(Protocol):
     def forward(self, logits: Tensor, rows: slice) -> None:
-        """Losses and statistics of `rows` from their logits `[n, V]`."""
+        """Values and statistics of `rows` from their logits `[n, V]`."""
 
+
+class Backward(Protocol):
     def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
         """The gradient of `rows`, over the memory of `logits`, which are their `columns`."""
 
+
+class Overwrite(Protocol):
     def overwrite(self, logits: Tensor, rows: slice) -> None:
         """Both: losses of `rows`, and their gradient over `logits [n, V]`."""
 
@@ -168,13 +173,13 @@ class Tiles:
         return (logits / head.softcap).square_().neg_().add_(1).mul_(head.scale)
 
 
-def forward(tiles: Tiles, loss: RowLoss) -> None:
+def forward(tiles: Tiles, loss: Forward) -> None:
     columns = slice(0, tiles.vocab)
     for rows in spans(tiles.head.hidden.shape[0], tiles.block_rows):
         loss.forward(tiles.logits(rows, columns), rows)
 
 
-def backward(tiles: Tiles, loss: RowLoss, out: Gradients) -> None:
+def backward(tiles: Tiles, loss: Backward, out: Gradients) -> None:
     """`out` from the statistics that forward has left with `loss`."""
     hidden = None if out.hidden is None else _zeros(out.hidden)
     for columns in spans(tiles.vocab, TILE_COLUMNS):
@@ -191,7 +196,7 @@ def backward(tiles: Tiles, loss: RowLoss, out: Gradients) -> None:
     _clear_rest(out, tiles.vocab)
 
 
-def forward_backward(tiles: Tiles, loss: RowLoss, out: Gradients) -> None:
+def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
     """Losses and gradients at once, from logits computed once. The weight's gradient is summed over
     blocks of rows, which takes fp32 memory of the weight's shape where that is a half type."""
     sums = Gradients(*(None if x is None else _zeros(x) for x in out))

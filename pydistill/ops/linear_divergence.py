@@ -269,7 +269,7 @@ def _gradients_reference(*args: Any) -> None:
 
 
 class _Rows:
-    """`divergence` as a `linear.RowLoss`, over the rows of `index`."""
+    """`divergence` as the driver calls it, over the rows of `index`."""
 
     def __init__(self, call: Call, index: Tensor | None, **tensors: Tensor) -> None:
         teacher = call.teacher._replace(hidden=linear.select(call.teacher.hidden, index))

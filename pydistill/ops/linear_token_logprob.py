@@ -142,7 +142,7 @@ def _backward_reference(*args: Any) -> None:
 
 
 class _Rows:
-    """`token_logprob` as a `linear.RowLoss`, over the rows of `index`."""
+    """`token_logprob` as the driver calls it, over the rows of `index`."""
 
     def __init__(self, call: Call, index: Tensor | None, **tensors: Tensor) -> None:
         self.temperature, self.backend, self.shard = call.temperature, call.backend, call.shard
@@ -175,9 +175,6 @@ class _Rows:
             *(self.tensors[name][rows] for name in ("saved", "grad_logprob", "grad_entropy")),
             self.temperature, logits,
         )  # fmt: skip
-
-    def overwrite(self, logits: Tensor, rows: slice) -> None:
-        raise NotImplementedError("token_logprob has no scalar whose gradient is known in forward")
 
 
 def _tiles(call: Call, index: Tensor | None) -> linear.Tiles:

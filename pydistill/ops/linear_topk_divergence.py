@@ -176,7 +176,7 @@ def _gradients_reference(*args: Any) -> None:
 
 
 class _Rows:
-    """`topk_divergence` as a `linear.RowLoss`, over the rows of `index`."""
+    """`topk_divergence` as the driver calls it, over the rows of `index`."""
 
     def __init__(self, call: Call, index: Tensor | None, **tensors: Tensor) -> None:
         self.options, self.backend, self.shard = call.rows.options, call.backend, call.shard

@@ -174,18 +174,13 @@ def _from_hidden_reference(*args: Any) -> None:
 
 
 class _Rows:
-    """`topk_logprobs` as a `linear.RowLoss` that has a forward only."""
+    """`topk_logprobs` as the driver of linear heads calls it."""
 
     def __init__(self, kernel: Any, numbers: tuple[int, float], outputs: tuple[Tensor, ...]):
         self.kernel, self.numbers, self.outputs = kernel, numbers, outputs
 
     def forward(self, logits: Tensor, rows: slice) -> None:
         self.kernel(logits, *self.numbers, *(x[rows] for x in self.outputs))
-
-    def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
-        raise NotImplementedError
-
-    overwrite = forward
 
 
 def _from_hidden_run(backend: str, *args: Any) -> None:

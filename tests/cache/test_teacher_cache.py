@@ -87,7 +87,7 @@ def test_any_range_and_any_choice_is_read(written: Path) -> None:
         with pytest.raises(IndexError, match=f"token {wrong} is outside the cache's 1000"):
             cache.rows(torch.tensor([3, wrong]))
     with pytest.raises(TypeError, match="ranges"):
-        cache[3]  # type: ignore[index]
+        cache[3]
 
 
 def test_tokens_and_documents(written: Path) -> None:

@@ -434,7 +434,7 @@ def compare_heads(
         found = function(part, group=ranks.group, impl=impl)
         found.backward()
         agree(found.detach(), ranks)
-        agree(part.hidden.grad, ranks)  # type: ignore[arg-type]
+        agree(part.hidden.grad, ranks)
         close(found.detach(), wanted.detach())
         for name in ("hidden", "weight", "bias"):
             local, full = getattr(part, name).grad, getattr(whole, name).grad
@@ -614,7 +614,7 @@ def what_differs_between_ranks_raises_on_every_rank(ranks: Ranks) -> None:
         lambda: pydistill.divergence(
             student.bfloat16() if odd else student, teacher, group=ranks.group
         ),
-        lambda: pydistill.divergence(None if odd else student, teacher, group=ranks.group),  # type: ignore[arg-type]
+        lambda: pydistill.divergence(None if odd else student, teacher, group=ranks.group),
         lambda: pydistill.token_logprob(
             student, torch.zeros(ROWS + odd, dtype=torch.long), group=ranks.group
         ),
