@@ -7,7 +7,6 @@ Byte counts are exact: the interpreter adds up what every lane of every access a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from pydistill.ops._rows import group_by_row
 from pydistill.reference.divergence import KINDS, Inputs, Options, divergence_reference
 from pydistill.testing.case import Case, check
-from pydistill.testing.cases import load
+from tools.ladder.cases import ladder_cases
 from tools.ladder.interpreter import Guards, strict
 
 pytestmark = pytest.mark.interpreter
@@ -47,26 +46,14 @@ def blocks(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "KEPT_THREADS", 64)
 
 
-def cases(kinds: Collection[str] = KINDS) -> list[pytest.param]:
-    return [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=pytest.mark.ladder if "ladder" in case.marks else pytest.mark.ladder_full,
-        )
-        for case in load("divergence")
-        if not case.marks & {"bench", "slow"} and case.kind in kinds
-    ]
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", ladder_cases("divergence"))
 def test_table(case: Case, blocks: None) -> None:
     with strict():
         report = check(case, "triton")
     assert report.ok, report.message
 
 
-@pytest.mark.parametrize("case", cases(["adaptive_kl"]))
+@pytest.mark.parametrize("case", ladder_cases("divergence", ["adaptive_kl"]))
 def test_table_by_the_search_of_long_rows(
     case: Case, blocks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

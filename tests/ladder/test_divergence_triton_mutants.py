@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tools.ladder.mutants import divergence_triton as mutants
-from tools.ladder.mutation import Mutant, assert_all_killed, run_mutants
+from tools.ladder.mutation import Mutant, assert_triton_mutants_die
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 CHECKS = {"divergence.py": mutants.check_kernels, "_common/head.py": mutants.check_searches}
 
 
 def run(file: str, chosen: list[Mutant]) -> None:
-    check = CHECKS.get(file, mutants.check_functions)
-    name = "pydistill.kernels." + file.removesuffix(".py").replace("/", ".")
-    assert_all_killed(run_mutants(KERNELS / file, chosen, check, module_name=name))
+    assert_triton_mutants_die(file, chosen, CHECKS.get(file, mutants.check_functions))
 
 
 @pytest.mark.ladder

@@ -7,20 +7,10 @@ import pytest
 from pydistill.reference.divergence import KINDS
 from tools.ladder import topk_divergence_table, topk_logprobs_table
 from tools.ladder.cuda.nvcc import TARGETS
+from tools.ladder.divergence_table import LONG, STREAMS
 from tools.ladder.dry_run import GATE
-from tools.ladder.table import (
-    DIRECTIONS,
-    DTYPES,
-    JSON,
-    LONG,
-    MARKDOWN,
-    VOCAB,
-    _cuda_name,
-    bytes_row,
-    compiled_row,
-    differences,
-    markdown,
-)
+from tools.ladder.rows import DIRECTIONS, DTYPES, VOCAB, bytes_row, compiled_row
+from tools.ladder.table import JSON, MARKDOWN, _cuda_name, differences, markdown
 
 pytestmark = pytest.mark.ladder
 
@@ -152,7 +142,7 @@ def test_differences_name_new_gone_and_changed_rows() -> None:
 def test_rows_and_cells() -> None:
     # One row of 32000 bf16 logits: two streams forward, three backward, 64,000 bytes each.
     seen = {"student": 64000, "teacher": 128000, "saved": 640}
-    assert bytes_row("forward", seen, 2) == {
+    assert bytes_row(STREAMS["forward"], seen, 2) == {
         "logits": 192000,
         "small": 640,
         "floor": 128000,
@@ -160,12 +150,15 @@ def test_rows_and_cells() -> None:
         "sweeps": [1.0, 2.0],
     }
     seen |= {"teacher": 64000, "grad": 64000}
-    assert bytes_row("backward", seen, 2)["logits"] == bytes_row("backward", seen, 2)["floor"]
+    assert (
+        bytes_row(STREAMS["backward"], seen, 2)["logits"]
+        == bytes_row(STREAMS["backward"], seen, 2)["floor"]
+    )
     twice = dict.fromkeys(("student", "teacher"), 256000)
     table = {
         "triton forward jsd fp32 sm_100": compiled_row(64, 3, 128, 0.5),
         "triton forward jsd fp32 sm_80": {"compiles": False},
-        "triton forward jsd fp32 bytes": bytes_row("forward", twice, 4),
+        "triton forward jsd fp32 bytes": bytes_row(STREAMS["forward"], twice, 4),
         "triton forward jsd fp32 gfx942": compiled_row(32, 0, 0, 1 / 3),
     }
     assert "| kernel | sm_80 | sm_100 | gfx942 | bytes / floor |" in markdown(table)

@@ -14,7 +14,7 @@ import torch
 
 from pydistill.reference import token_logprob as reference
 from pydistill.testing.case import Case, check
-from pydistill.testing.cases import load
+from tools.ladder.cases import ladder_cases
 from tools.ladder.interpreter import Guards, strict
 from tools.ladder.mutants import token_logprob_triton as mutants
 
@@ -30,19 +30,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
     return module
 
 
-def cases() -> list[pytest.param]:
-    return [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=pytest.mark.ladder if "ladder" in case.marks else pytest.mark.ladder_full,
-        )
-        for case in load("token_logprob")
-        if not case.marks & {"bench", "slow"}
-    ]
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", ladder_cases("token_logprob"))
 def test_table(case: Case, kernels) -> None:
     with strict():
         report = check(case, "triton")

@@ -16,7 +16,7 @@ import torch
 from pydistill.reference import topk_divergence as reference
 from pydistill.reference.divergence import KINDS
 from pydistill.testing.case import Case, check
-from pydistill.testing.cases import load
+from tools.ladder.cases import ladder_cases
 from tools.ladder.interpreter import Guards, strict
 from tools.ladder.mutants import topk_divergence_check as common
 from tools.ladder.mutants import topk_divergence_triton as mutants
@@ -36,19 +36,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
     return module
 
 
-def cases() -> list[pytest.param]:
-    return [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=pytest.mark.ladder if "ladder" in case.marks else pytest.mark.ladder_full,
-        )
-        for case in load("topk_divergence")
-        if not case.marks & {"bench", "slow"}
-    ]
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", ladder_cases("topk_divergence"))
 def test_table(case: Case, kernels) -> None:
     with strict():
         report = check(case, "triton")

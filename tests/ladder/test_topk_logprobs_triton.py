@@ -15,7 +15,7 @@ import torch
 
 from pydistill import topk_logprobs
 from pydistill.testing.case import Case, check
-from pydistill.testing.cases import load
+from tools.ladder.cases import ladder_cases
 from tools.ladder.interpreter import strict
 from tools.ladder.mutants import topk_logprobs_triton as mutants
 
@@ -33,19 +33,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
     return module
 
 
-def cases() -> list[pytest.param]:
-    return [
-        pytest.param(
-            case,
-            id=case.id,
-            marks=pytest.mark.ladder if "ladder" in case.marks else pytest.mark.ladder_full,
-        )
-        for case in load("topk_logprobs")
-        if not case.marks & {"bench", "slow"}
-    ]
-
-
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", ladder_cases("topk_logprobs"))
 def test_table(case: Case, kernels) -> None:
     with strict():
         report = check(case, "triton")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tools.ladder.mutants import topk_logprobs_triton as mutants
-from tools.ladder.mutation import Mutant, assert_all_killed, run_mutants
-
-KERNELS = Path(__file__).resolve().parents[2] / "kernels" / "topk_logprobs.py"
+from tools.ladder.mutation import Mutant, assert_triton_mutants_die
 
 
 def run(chosen: list[Mutant]) -> None:
-    name = "pydistill.kernels.topk_logprobs"
-    assert_all_killed(run_mutants(KERNELS, chosen, mutants.check_kernels, module_name=name))
+    assert_triton_mutants_die("topk_logprobs.py", chosen, mutants.check_kernels)
 
 
 @pytest.mark.ladder

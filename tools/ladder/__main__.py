@@ -16,7 +16,8 @@ import json
 import sys
 
 from tools.ladder.proof import climb, deferred, records
-from tools.ladder.table import JSON, MARKDOWN, ROOT, Table, collect, differences, markdown
+from tools.ladder.rows import Table
+from tools.ladder.table import JSON, MARKDOWN, ROOT, collect, differences, markdown
 
 
 def main() -> int:

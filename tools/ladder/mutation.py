@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 KILLED, SURVIVED, INVALID = "killed", "survived", "invalid"
 INVALID_ERRORS = ("CudaBuildError", "SyntaxError", "IndentationError")
 
@@ -120,6 +121,14 @@ def assert_all_killed(outcomes: Sequence[Outcome]) -> None:
         raise AssertionError(
             f"{len(alive)} of {len(outcomes)} mutants were not killed:\n" + "\n".join(lines)
         )
+
+
+def assert_triton_mutants_die(
+    file: str, mutants: Sequence[Mutant], check: Callable[[Any], None]
+) -> None:
+    """`file` is below kernels/; its mutants go by the name that the launchers import."""
+    name = f"pydistill.kernels.{file.removesuffix('.py').replace('/', '.')}"
+    assert_all_killed(run_mutants(KERNELS / file, mutants, check, module_name=name))
 
 
 def _describe_check(check: Callable[[Any], None] | Sequence[str]) -> Any:

@@ -2,66 +2,34 @@
 
     rows = collect(tracked)      # {"triton forward jsd bf16 sm_90": {"registers": ...}, ...}
 
-A row of the compilers holds registers, spills, shared memory and occupancy of one kernel on one
-target; a row of the simulators holds the bytes that one kernel asks for and their floor, the bytes
-of logits and gradient moved once. The row `versions` names the compilers, and a row that ends in
-`proof` the sources that passed the full ladder (`proof.py`). Rows are flat and keyed by one string,
-so that two tables differ by keys and values and nothing else. Every job has a process of its own:
-Triton decides at import whether it interprets or compiles, and only a few kernels' compilers should
-live at once.
+`rows.py` says what a row of the compilers and one of the simulators hold; `<op>_table.py` makes
+those of an operator. The row `versions` names the compilers, and a row that ends in `proof` the
+sources that passed the full ladder (`proof.py`). Rows are flat and keyed by one string, so that two
+tables differ by keys and values and nothing else. Every job has a process of its own: Triton
+decides at import whether it interprets or compiles, and only a few kernels' compilers should live
+at once.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from tools.ladder import (
+    divergence_table,
+    token_logprob_table,
+    topk_divergence_table,
+    topk_logprobs_table,
+)
+from tools.ladder.rows import BYTES_ROWS, VOCAB, Row, Table, compiled_row
 
 ROOT = Path(__file__).parents[2]
 JSON = Path(__file__).with_name("table.json")
 MARKDOWN = ROOT / "docs" / "ladder.md"
-
-Row = dict[str, Any]
-Table = dict[str, Row]
-
-DTYPES = ("fp32", "bf16")
-DIRECTIONS = ("forward", "backward")
-ROWS, VOCAB = 64, 32000
-LONG = 151936  # adaptive_kl's forward has another way for rows that no chip keeps
-BYTES_ROWS = 1  # the simulators run every thread
-
-
-def compiled_row(registers: int, spills: int, shared: int, occupancy: float) -> Row:
-    return {
-        "compiles": True,
-        "registers": registers,
-        "spills": spills,
-        "shared": shared,
-        "occupancy": round(occupancy, 3),
-    }
-
-
-def bytes_row(direction: str, traffic: Mapping[str, int], itemsize: int, vocab: int = VOCAB) -> Row:
-    """`traffic` is every byte asked for, by tensor.
-
-    `logits` are those of student, teacher and gradient, `small` all others; a small number that
-    every thread of a block reads counts once a thread.
-    """
-    streams = ("student", "teacher", "grad")[: {"forward": 2, "backward": 3}[direction]]
-    stream = BYTES_ROWS * vocab * itemsize
-    logits, total = sum(traffic[name] for name in streams), sum(traffic.values())
-    return {
-        "logits": logits,
-        "small": total - logits,
-        "floor": len(streams) * stream,
-        "ratio": round(total / (len(streams) * stream), 3),
-        "sweeps": [round(traffic[name] / stream, 3) for name in streams],
-    }
 
 
 def versions() -> Row:
@@ -72,97 +40,6 @@ def versions() -> Row:
 
     nvcc = release()
     return {"triton": version("triton"), **({} if nvcc is None else {"nvcc": nvcc})}
-
-
-def kernels() -> list[tuple[str, str, str, int]]:
-    """Kind, dtype, direction and vocabulary of every kernel that the table has."""
-    from pydistill.reference.divergence import KINDS
-
-    each = [(kind, dtype, way, VOCAB) for kind in KINDS for dtype in DTYPES for way in DIRECTIONS]
-    return each + [("adaptive_kl", dtype, "forward", LONG) for dtype in DTYPES]
-
-
-def key_of(backend: str, kind: str, dtype: str, direction: str, vocab: int, column: str) -> str:
-    length = "" if vocab == VOCAB else f" V={vocab}"
-    return f"{backend} {direction} {kind} {dtype}{length} {column}"
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-
-
-def _launch(direction: str, s: Any, t: Any, options: Any) -> None:
-    """One direction over all pairs, without row indices, labels or statistics."""
-    import torch
-
-    from pydistill.kernels import divergence
-
-    kernels: Any = divergence
-    none = (None,) * 5
-    loss, saved = torch.zeros(len(s)), torch.zeros(len(s), 8)
-    if direction == "forward":
-        kernels.divergence_fwd(s, t, *none, *options, loss, saved, loss[:0])
-        return
-    saved[:, 1] = saved[:, 3] = 1.0
-    grad = torch.empty_like(s)
-    kernels.divergence_bwd(s, t, *none, None, saved, torch.ones(len(s)), *options, grad)
-
-
-def triton_rows(target: str) -> Table:
-    """Every kind, direction and dtype compiled for `target`, with temperature 1."""
-    import torch
-    from triton.errors import TritonError
-
-    from pydistill.reference.divergence import KINDS, Options
-    from tools.ladder.dry_run import dry_run
-
-    rows: Table = {}
-    for kind, dtype, direction, vocab in kernels():
-        options = Options(KINDS[kind].id, 1.0, 0.3, 0.6, False, 0.0, 0.0, vocab)
-        s, t = (torch.empty(ROWS, vocab, dtype=_dtype(dtype)) for _ in range(2))
-        key = key_of("triton", kind, dtype, direction, vocab, target)
-        try:
-            with dry_run(target) as log:
-                _launch(direction, s, t, options)
-        except (TritonError, RuntimeError) as error:
-            print(f"{key}: {error}", file=sys.stderr)
-            rows[key] = {"compiles": False}
-            continue
-        (report,) = log.kernels
-        rows[key] = compiled_row(
-            report.resources.registers, report.spills, report.shared, report.occupancy.fraction
-        )
-    return rows
-
-
-def _logits(dtype: str, vocab: int) -> Any:
-    import torch
-
-    generator = torch.Generator().manual_seed(5)
-    draws = (torch.randn(BYTES_ROWS, vocab, generator=generator) for _ in range(2))
-    return tuple(draw.to(_dtype(dtype)) for draw in draws)
-
-
-def triton_bytes() -> Table:
-    """Bytes that the Triton kernels ask for, in the strict interpreter."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    from pydistill.reference.divergence import KINDS, Options
-    from tools.ladder.interpreter import strict
-
-    rows: Table = {}
-    for kind, dtype, direction, vocab in kernels():
-        spec = KINDS[kind]
-        alpha, beta = spec.alpha or 0.0, spec.beta or 0.0
-        options = Options(spec.id, 1.0, alpha, beta, False, 0.0, 0.0, vocab)
-        s, t = _logits(dtype, vocab)
-        with strict() as meter:
-            _launch(direction, s, t, options)
-        moved = {name: seen.loaded + seen.stored for name, seen in meter.bytes.items()}
-        key = key_of("triton", kind, dtype, direction, vocab, "bytes")
-        rows[key] = bytes_row(direction, moved, s.dtype.itemsize, vocab)
-    return rows
 
 
 def cuda_rows(source: str, target: str) -> Table:
@@ -201,31 +78,13 @@ def _cuda_name(name: str) -> str:
     return f"{found[1]} {kinds[int(found[2])]} {scalars[found[3]]}"
 
 
-def cuda_bytes() -> Table:
-    """Bytes that the CUDA kernels move under cusim, counted by its memory hooks."""
-    from pydistill.ops.divergence import divergence
-    from tools.ladder.cuda.divergence import SOURCE, simulated
-    from tools.ladder.cuda.sim import CudaSim
-
-    sim = CudaSim.build(SOURCE, hooks=True)
-    rows: Table = {}
-    for kind, dtype, direction, vocab in kernels():
-        s, t = _logits(dtype, vocab)
-        with simulated(sim) as calls:
-            loss = divergence(s.requires_grad_(), t, kind, reduction="sum", impl="cuda")
-            if direction == "backward":
-                loss.backward()
-        moved = {name: seen.bytes_moved for name, seen in calls[-1].report.buffers.items()}
-        key = key_of("cuda", kind, dtype, direction, vocab, "bytes")
-        rows[key] = bytes_row(direction, moved, s.dtype.itemsize, vocab)
-    return rows
-
-
 def collect(tracked: Table) -> Table:
     """All rows, sorted; the proofs of `tracked` stand, and without nvcc its CUDA rows."""
-    from tools.ladder import token_logprob_table, topk_divergence_table, topk_logprobs_table
     from tools.ladder.cuda.nvcc import TARGETS, find_nvcc
 
+    triton = (
+        divergence_table, token_logprob_table, topk_divergence_table, topk_logprobs_table,
+    )  # fmt: skip
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
     rows: Table = {key: row for key, row in tracked.items() if key.endswith(" proof")}
     rows["versions"] = tracked.get("versions", {}) | versions()
@@ -235,14 +94,11 @@ def collect(tracked: Table) -> Table:
     else:
         sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
         jobs += [(cuda_rows, (source, target)) for source in sources for target in TARGETS]
-        jobs += [(cuda_bytes, ()), (topk_divergence_table.cuda_bytes, ())]
+        jobs += [(room.cuda_bytes, ()) for room in (divergence_table, topk_divergence_table)]
     # GATE is spelled out: importing dry_run would import triton into this process.
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        jobs += [(triton_rows, (target,)), (topk_divergence_table.triton_rows, (target,))]
-        jobs += [(token_logprob_table.triton_rows, (target,))]
-        jobs += [(topk_logprobs_table.triton_rows, (target,))]
-    jobs += [(triton_bytes, ()), (topk_divergence_table.triton_bytes, ())]
-    jobs += [(token_logprob_table.triton_bytes, ()), (topk_logprobs_table.triton_bytes, ())]
+        jobs += [(room.triton_rows, (target,)) for room in triton]
+    jobs += [(room.triton_bytes, ()) for room in triton]
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         for result in [pool.apply_async(job, arguments) for job, arguments in jobs]:
             rows |= result.get()
@@ -276,7 +132,7 @@ def markdown(table: Table) -> str:
         "the teacher's row for its head in between, on the chip: in registers up to 32,768 tokens",
         "(Triton), in shared memory as long as the row fits (CUDA, which then takes the terms from",
         "there too). A longer row is read again for every step of the search; how often stands in",
-        f"brackets, for a row of {LONG} logits and a limit of 227 KB.",
+        f"brackets, for a row of {divergence_table.LONG} logits and a limit of 227 KB.",
         "`topk_divergence` has 64 tokens as support, and its floor is the row alone: once forward,",
         "once read and once written backward; sorting the ids, in torch, is not counted.",
         "`token_logprob` has that floor too. `topk_logprobs` looks for 64 tokens; its floor is the",

@@ -6,12 +6,21 @@ The floor is the row, read once, and backward the gradient, written once.
 from __future__ import annotations
 
 import os
-import sys
+from functools import partial
 from typing import Any
 
-from tools.ladder.table import BYTES_ROWS, DTYPES, ROWS, VOCAB, Table, _dtype, compiled_row
-from tools.ladder.topk_divergence_table import bytes_row
+from tools.ladder.rows import (
+    BYTES_ROWS,
+    DTYPES,
+    ROWS,
+    VOCAB,
+    Table,
+    bytes_row,
+    compiled_rows,
+    dtype_of,
+)
 
+STREAMS = {"forward": ("logits",), "backward": ("logits", "grad")}
 KERNELS = {"_token_logprob_forward": "forward", "_token_logprob_backward": "backward"}
 
 
@@ -19,7 +28,7 @@ def _launch(kernels: Any, count: int, dtype: str) -> Any:
     """Forward and backward of `count` rows; the logits."""
     import torch
 
-    z = torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(5)).to(_dtype(dtype))
+    z = torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(5)).to(dtype_of(dtype))
     ids, ones = torch.zeros(count, dtype=torch.int64), torch.ones(count)
     logprob, entropy = torch.empty(count), torch.empty(count)
     saved = torch.empty(count, kernels.SAVED.value)
@@ -30,27 +39,12 @@ def _launch(kernels: Any, count: int, dtype: str) -> Any:
 
 def triton_rows(target: str) -> Table:
     """Both kernels compiled for `target`."""
-    from triton.errors import TritonError
-
     import pydistill.kernels.token_logprob as kernels
-    from tools.ladder.dry_run import dry_run
 
     rows: Table = {}
     for dtype in DTYPES:
-        try:
-            with dry_run(target) as log:
-                _launch(kernels, ROWS, dtype)
-        except (TritonError, RuntimeError) as error:
-            print(f"token_logprob {dtype} {target}: {error}", file=sys.stderr)
-            rows[f"triton token_logprob forward {dtype} {target}"] = {"compiles": False}
-            continue
-        for report in log.kernels:
-            rows[f"triton token_logprob {KERNELS[report.kernel]} {dtype} {target}"] = compiled_row(
-                report.resources.registers,
-                report.spills,
-                report.shared,
-                report.occupancy.fraction,
-            )
+        keys = [f"triton token_logprob {way} {dtype} {target}" for way in KERNELS.values()]
+        rows |= compiled_rows(target, partial(_launch, kernels, ROWS, dtype), keys)
     return rows
 
 
@@ -68,5 +62,5 @@ def triton_bytes() -> Table:
             seen = meter.of(kernel).bytes
             moved = {name: traffic.loaded + traffic.stored for name, traffic in seen.items()}
             key = f"triton token_logprob {direction} {dtype} bytes"
-            rows[key] = bytes_row(direction, moved, z.dtype.itemsize, ("logits", "grad"))
+            rows[key] = bytes_row(STREAMS[direction], moved, z.dtype.itemsize)
     return rows

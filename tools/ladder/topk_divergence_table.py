@@ -8,13 +8,22 @@ one row of `VOCAB` logits with `SLOTS` tokens as support, and their floor is the
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from tools.ladder.table import BYTES_ROWS, DTYPES, ROWS, VOCAB, Row, Table, _dtype, compiled_row
+from tools.ladder.rows import (
+    BYTES_ROWS,
+    DTYPES,
+    ROWS,
+    VOCAB,
+    Table,
+    bytes_row,
+    compiled_rows,
+    dtype_of,
+)
 
 SLOTS = 64
+STREAMS = {"forward": ("student",), "backward": ("student", "grad")}
 # Every kind with a cell for the tail, and the other ways to count it.
 FORMS = (
     *((kind, "bucket") for kind in ("forward_kl", "reverse_kl", "jsd", "tvd")),
@@ -23,32 +32,13 @@ FORMS = (
 )
 
 
-def bytes_row(
-    direction: str,
-    traffic: Mapping[str, int],
-    itemsize: int,
-    names: tuple[str, str] = ("student", "grad"),
-) -> Row:
-    """The table's row where the floor is one row of logits, and backward its gradient too."""
-    streams = names[: {"forward": 1, "backward": 2}[direction]]
-    stream = BYTES_ROWS * VOCAB * itemsize
-    logits, total = sum(traffic[name] for name in streams), sum(traffic.values())
-    return {
-        "logits": logits,
-        "small": total - logits,
-        "floor": len(streams) * stream,
-        "ratio": round(total / (len(streams) * stream), 3),
-        "sweeps": [round(traffic[name] / stream, 3) for name in streams],
-    }
-
-
 def _inputs(rows: int, dtype: str) -> Any:
     import torch
 
     from pydistill.reference.topk_divergence import Inputs
 
     g = torch.Generator().manual_seed(5)
-    student = torch.randn(rows, VOCAB, generator=g).to(_dtype(dtype))
+    student = torch.randn(rows, VOCAB, generator=g).to(dtype_of(dtype))
     log_p, ids = torch.log_softmax(torch.randn(rows, VOCAB, generator=g), 1).topk(SLOTS)
     return Inputs(student, ids, log_p, torch.log1p(-log_p.exp().sum(1)), None, None)
 
@@ -75,34 +65,21 @@ def _launch(ops: Any, inputs: Any, options: Any) -> None:
 
 def triton_rows(target: str) -> Table:
     """Every kernel compiled for `target`."""
-    from triton.errors import TritonError
-
     import pydistill.kernels.topk_divergence as kernels
-    from tools.ladder.dry_run import dry_run
 
-    names = {"_outside_sums": "outside", "_outside_gradient": "backward", "_place": "place"}
-    cells = {"_topk_divergence_forward": "forward", "_support_gradient": "support"}
     rows: Table = {}
     for dtype in DTYPES:
         inputs = _inputs(ROWS, dtype)
         for kind, tail in FORMS:
             form = f"{kind} {tail} {dtype}"
-            try:
-                with dry_run(target) as log:
-                    _launch(kernels, inputs, _options(kind, tail))
-            except (TritonError, RuntimeError) as error:
-                print(f"topk_divergence {form} {target}: {error}", file=sys.stderr)
-                rows[f"triton topk_divergence forward {form} {target}"] = {"compiles": False}
-                continue
-            for report in log.kernels:
-                name = names.get(report.kernel)
-                name = f"{name} {dtype}" if name else f"{cells[report.kernel]} {form}"
-                rows[f"triton topk_divergence {name} {target}"] = compiled_row(
-                    report.resources.registers,
-                    report.spills,
-                    report.shared,
-                    report.occupancy.fraction,
-                )
+            # In the order of their launches. The sweeps know no kind.
+            parts = [
+                f"outside {dtype}", f"forward {form}", f"support {form}", f"backward {dtype}",
+                f"place {dtype}",
+            ]  # fmt: skip
+            keys = [f"triton topk_divergence {part} {target}" for part in parts]
+            launch = partial(_launch, kernels, inputs, _options(kind, tail))
+            rows |= compiled_rows(target, launch, keys)
     return rows
 
 
@@ -126,7 +103,7 @@ def triton_bytes() -> Table:
                 for name, seen in meter.of(launch).bytes.items():
                     moved[name] = moved.get(name, 0) + seen.loaded + seen.stored
             key = f"triton topk_divergence {direction} {dtype} bytes"
-            rows[key] = bytes_row(direction, moved, inputs.student.dtype.itemsize)
+            rows[key] = bytes_row(STREAMS[direction], moved, inputs.student.dtype.itemsize)
     return rows
 
 
@@ -146,5 +123,5 @@ def cuda_bytes() -> Table:
         for direction, call in zip(("forward", "backward"), calls, strict=True):
             moved = {name: seen.bytes_moved for name, seen in call.report.buffers.items()}
             key = f"cuda topk_divergence {direction} {dtype} bytes"
-            rows[key] = bytes_row(direction, moved, inputs.student.dtype.itemsize)
+            rows[key] = bytes_row(STREAMS[direction], moved, inputs.student.dtype.itemsize)
     return rows

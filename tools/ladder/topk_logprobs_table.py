@@ -9,10 +9,10 @@ results.
 from __future__ import annotations
 
 import os
-import sys
+from functools import partial
 from typing import Any
 
-from tools.ladder.table import BYTES_ROWS, DTYPES, ROWS, VOCAB, Table, _dtype, compiled_row
+from tools.ladder.rows import BYTES_ROWS, DTYPES, ROWS, VOCAB, Table, compiled_rows, dtype_of
 
 SLOTS = 64
 SHORT = 16384
@@ -27,7 +27,7 @@ def _launch(kernels: Any, count: int, vocab: int, dtype: str) -> Any:
     """All kernels on `count` rows; the logits."""
     import torch
 
-    z = torch.randn(count, vocab, generator=torch.Generator().manual_seed(5)).to(_dtype(dtype))
+    z = torch.randn(count, vocab, generator=torch.Generator().manual_seed(5)).to(dtype_of(dtype))
     ids, logprobs = torch.empty(count, SLOTS).long(), torch.empty(count, SLOTS)
     kernels.topk_logprobs_fwd(z, SLOTS, 1.0, ids, logprobs, torch.empty(count), torch.empty(count))
     return z
@@ -35,28 +35,13 @@ def _launch(kernels: Any, count: int, vocab: int, dtype: str) -> Any:
 
 def triton_rows(target: str) -> Table:
     """Every kernel compiled for `target`."""
-    from triton.errors import TritonError
-
     import pydistill.kernels.topk_logprobs as kernels
-    from tools.ladder.dry_run import dry_run
 
     rows: Table = {}
     for dtype in DTYPES:
         for vocab, parts in PARTS.items():
-            try:
-                with dry_run(target) as log:
-                    _launch(kernels, ROWS, vocab, dtype)
-            except (TritonError, RuntimeError) as error:
-                print(f"topk_logprobs {vocab} {dtype} {target}: {error}", file=sys.stderr)
-                rows[f"triton topk_logprobs {parts[0][0]} {dtype} {target}"] = {"compiles": False}
-                continue
-            for (part, _), report in zip(parts, log.kernels, strict=True):
-                rows[f"triton topk_logprobs {part} {dtype} {target}"] = compiled_row(
-                    report.resources.registers,
-                    report.spills,
-                    report.shared,
-                    report.occupancy.fraction,
-                )
+            keys = [f"triton topk_logprobs {part} {dtype} {target}" for part, _ in parts]
+            rows |= compiled_rows(target, partial(_launch, kernels, ROWS, vocab, dtype), keys)
     return rows
 
 
