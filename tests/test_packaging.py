@@ -17,6 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
+# Which of the two names reaches the isolated build depends on pip's version.
+PINS = {"PIP_CONSTRAINT": str(CONSTRAINTS), "PIP_BUILD_CONSTRAINT": str(CONSTRAINTS)}
 IMPORT = "import pydistill; from pydistill import _native as n; print(n.available(), n.reason())"
 
 
@@ -76,8 +78,8 @@ def sdist(source: Path) -> Path:
     return archive
 
 
-def wheel_from(sdist: Path, to: Path, **environment: str) -> Path:
-    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", to]
+def wheel_from(sdist: Path, to: Path, *options: str, **environment: str) -> Path:
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", *options, "-w", to]
     run(*pip, sdist, cwd=to, **environment)
     (wheel,) = to.glob("*.whl")
     return wheel
@@ -85,9 +87,10 @@ def wheel_from(sdist: Path, to: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # Asking for the development module must not put it into a wheel.
+    """Built in isolation, torch and build tools fetched by pip. Asking for the development module
+    must not put it into a wheel."""
     to = tmp_path_factory.mktemp("wheel")
-    return wheel_from(sdist, to, PYDISTILL_BUILD_TESTING="1", MAX_JOBS="2")
+    return wheel_from(sdist, to, PYDISTILL_BUILD_TESTING="1", MAX_JOBS="2", **PINS)
 
 
 def install_in_clean_environment(wheel: Path, to: Path) -> Path:
@@ -115,6 +118,7 @@ def test_sdist(source: Path, sdist: Path) -> None:
 
 
 @pytest.mark.packaging
+@pytest.mark.timeout(1200)  # the library is compiled
 def test_wheel(source: Path, wheel: Path) -> None:
     assert re.fullmatch(r"pydistill_kernels-[\d.]+-cp310-abi3-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
@@ -144,7 +148,8 @@ def test_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
 @pytest.mark.packaging
 def test_pure_python_wheel(sdist: Path, tmp_path: Path) -> None:
     # No compiler at all: the build must not even look for one.
-    wheel = wheel_from(sdist, tmp_path, PYDISTILL_NO_NATIVE="1", CXX="no-such-compiler")
+    here = "--no-build-isolation"
+    wheel = wheel_from(sdist, tmp_path, here, PYDISTILL_NO_NATIVE="1", CXX="no-such-compiler")
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert not [name for name in archive.namelist() if name.endswith(".so")]
@@ -163,12 +168,9 @@ def test_no_compiler_is_one_sentence_with_both_remedies(source: Path) -> None:
 
 
 @pytest.mark.packaging
-@pytest.mark.timeout(900)
-def test_isolated_install(source: Path, tmp_path: Path) -> None:
-    """`pip install .` as a stranger types it, torch and build tools fetched by pip."""
+def test_install_with_dependencies(wheel: Path, tmp_path: Path) -> None:
+    """As a stranger installs it: into an empty environment, torch fetched by pip."""
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    # Which of the two names reaches the isolated build depends on pip's version.
-    pins = {"PIP_CONSTRAINT": str(CONSTRAINTS), "PIP_BUILD_CONSTRAINT": str(CONSTRAINTS)}
-    run(python, "-m", "pip", "install", "--quiet", ".", cwd=source, MAX_JOBS="2", **pins)
+    run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path, **PINS)
     assert run(python, "-c", IMPORT, cwd=tmp_path).split() == ["True", "None"]
