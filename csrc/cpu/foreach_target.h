@@ -53,7 +53,12 @@ PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2")
 PD_END_TARGET
 #undef PD_TOGGLE
 
-#ifndef PD_WITHOUT_AVX512  // of a build for a machine that could not run it
+#ifdef PD_WITHOUT_AVX512  // a build for a machine that could not run it
+namespace pd {
+namespace avx512 = avx2;
+namespace avx512_bf16 = avx2;
+}  // namespace pd
+#else
 PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl")
 #define PD_TARGET PD_TARGET_AVX512
 #define PD_NAMESPACE avx512
@@ -73,17 +78,11 @@ PD_END_TARGET
 #undef PD_TOGGLE
 #endif
 
-#ifdef PD_WITHOUT_AVX512
-#define PD_EXPORT(function)                                                 \
-  decltype(&scalar::function) const function##_table[pd::kCapabilities] = { \
-      &scalar::function, &avx2::function, &avx2::function, &avx2::function, &avx2::function};
-#else
 // The AMX capability adds tiles for matrix products; everything else runs the AVX512-BF16 code.
 #define PD_EXPORT(function)                                                          \
   decltype(&scalar::function) const function##_table[pd::kCapabilities] = {          \
       &scalar::function, &avx2::function, &avx512::function, &avx512_bf16::function, \
       &avx512_bf16::function};
-#endif
 #else
 #define PD_EXPORT(function)                                                       \
   decltype(&scalar::function) const function##_table[pd::kCapabilities] = {       \
