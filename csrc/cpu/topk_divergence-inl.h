@@ -414,7 +414,7 @@ inline void ScaledKept(const TopkArgs& a, const Memory& m, float k, float max, d
   for (int64_t begin = 0; begin < a.student.width; begin += kBlock) {
     const int64_t n = a.student.width - begin < kBlock ? a.student.width - begin : kBlock;
     const V factor = Set(static_cast<float>(c * Rescale(m, begin / kBlock, k, max)));
-    if (a.student.dtype == DType::kBf16 && n == Padded(n)) {
+    if (a.student.dtype == DType::kBf16 && n == Padded(n) && std::isfinite(c)) {
       uint16_t* narrow = reinterpret_cast<uint16_t*>(out) + begin;
       for (int64_t i = 0; i < n; i += 2 * kLanes) {
         const float* e = m.e + begin + i;

@@ -452,6 +452,19 @@ def test_overwrite(kind: str, tail: str, impl: str) -> None:
         lse.sum().backward()
 
 
+def test_a_nan_weight_is_a_nan_gradient_whatever_its_bits(each_cpu: str) -> None:
+    """Rounded to bf16 as a number, a NaN of ones only would be 0."""
+    student = torch.randn(2, 2048).bfloat16().requires_grad_()
+    log_p, ids, _ = teacher(2, 2048, 4)
+    weight = torch.tensor([-1, 0], dtype=torch.int32).view(torch.float32)
+    loss = topk_divergence(
+        student.view_as(student), log_p.float(), ids, reduction="sum", weight=weight,
+        overwrite_logits=True, impl=each_cpu,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, student)
+    assert grad[0].isnan().all() and not grad[1].any()
+
+
 def test_rows_alone_and_on_more_threads(each_cpu: str) -> None:
     log_p, ids, tail = teacher(9, 2100, 30)
     student = torch.randn(9, 2100)
