@@ -1,15 +1,13 @@
 // Matrix product with fp32 arithmetic: out = a b, operands and result fp32, bf16 or fp16 each.
 //
-// Panels of kTileRows rows of a and of kTileColumns columns of b are packed depth-major as fp32,
-// whatever their dtype and order in memory, so there is one inner loop: a tile of the result in
-// registers, two vectors of b and kTileRows numbers of a a step. The depth is cut into blocks so
-// that a panel of b stays in the first-level cache, the panels of a and b in work in the second.
-// Partial sums of a strip of tiles are kept packed too; the last block of the depth writes them
-// out. An element's sum is taken in one order, whatever its tile, its strip, or the number of
-// threads.
-//
-// A kernel with narrower products (vdpbf16ps, AMX tiles) replaces PackPanels and Accumulate: panels
-// of bf16 with the depth in pairs, and a tile of its own. The loops stay as they are.
+// Panels of kTileRows rows of a and of kTileColumns columns of b are packed depth-major, whatever
+// their dtype and order in memory, so there is one inner loop: a tile of the result in registers,
+// two vectors of b and kTileRows numbers of a a step. A step of the depth is an fp32 number of each
+// line, or, where the target multiplies bf16 (vdpbf16ps) and so are the operands, a pair of bf16,
+// which is as wide: twice the products from the same loads. The depth is cut into blocks so that a
+// panel of b stays in the first-level cache, the panels of a and b in work in the second. Partial
+// sums of a strip of tiles are kept packed too; the last block of the depth writes them out. An
+// element's sum is taken in one order, whatever its tile, its strip, or the number of threads.
 #if defined(PD_GEMM_INL_H) == defined(PD_TOGGLE)
 #ifdef PD_GEMM_INL_H
 #undef PD_GEMM_INL_H
@@ -32,15 +30,16 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kTileRows = 4, kTileVectors = 4;
 #endif
 constexpr int kTileColumns = kTileVectors * kLanes;
-constexpr int64_t kDepthBlock = 256;          // a panel of b and two of a fit the first-level cache
-constexpr int64_t kStripA = 192 / kTileRows;  // panels of a in the second-level cache
+constexpr int64_t kDepthBlock =
+    256;  // in steps: a panel of b and two of a fit the first-level cache
+constexpr int64_t kStripA = 192 / kTileRows;    // panels of a in the second-level cache
 constexpr int64_t kStripB = 96 / kTileColumns;  // panels of b beside them
 constexpr int64_t kPackedBytes = 16 << 20;      // of the shared operand: the third-level cache
 constexpr int64_t kSumsBytes = 2 << 20;         // of a strip of tiles
 
-// A tile of kRows rows over one block of the depth. `sums` holds the blocks before it (`add`) and
-// takes the result, unless `to` is where the tile is finished.
-template <int kRows>
+// A tile of kRows rows over one block of the depth, of `depth` steps. `sums` holds the blocks
+// before it (`add`) and takes the result, unless `to` is where the tile is finished.
+template <int kRows, bool kPairs>
 __attribute__((noinline)) void Accumulate(const float* a, const float* b, int64_t depth,
                                           float* sums, bool add, const Corner* to) {
   V sum[kRows][kTileVectors];
@@ -60,7 +59,8 @@ __attribute__((noinline)) void Accumulate(const float* a, const float* b, int64_
     for (int i = 0; i < kRows; ++i) {
       const V left = Set(a[k * kTileRows + i]);
 #pragma GCC unroll 4
-      for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Fma(left, row[j], sum[i][j]);
+      for (int j = 0; j < kTileVectors; ++j)
+        sum[i][j] = AddProducts<kPairs>(left, row[j], sum[i][j]);
     }
   }
   float tile[kRows * kTileColumns];
@@ -82,14 +82,15 @@ __attribute__((noinline)) void Accumulate(const float* a, const float* b, int64_
 }
 
 using AccumulateTile = void (*)(const float*, const float*, int64_t, float*, bool, const Corner*);
-template <class>
+template <bool kPairs, class>
 struct AccumulateRows;
-template <int... kLess>
-struct AccumulateRows<std::integer_sequence<int, kLess...>> {
-  static constexpr AccumulateTile kTable[] = {&Accumulate<kLess + 1>...};
+template <bool kPairs, int... kLess>
+struct AccumulateRows<kPairs, std::integer_sequence<int, kLess...>> {
+  static constexpr AccumulateTile kTable[] = {&Accumulate<kLess + 1, kPairs>...};
 };
+template <bool kPairs>
 constexpr const AccumulateTile* kAccumulate =
-    AccumulateRows<std::make_integer_sequence<int, kTileRows>>::kTable;
+    AccumulateRows<kPairs, std::make_integer_sequence<int, kTileRows>>::kTable;
 
 // Panels [begin, end) of an operand, packed over a block of the depth, `data` at panel `begin`.
 struct Packed {
@@ -99,8 +100,11 @@ struct Packed {
 
 // All tiles of some panels of a with some of b over one block of the depth. `sums` holds the tile
 // of panels (i, j) at tile i * sums_stride + j * sums_step.
-inline void AccumulateTiles(const GemmArgs& g, const Packed& a, const Packed& b, int64_t depth,
-                            float* sums, int64_t a_stride, int64_t b_stride, bool add, bool last) {
+inline void AccumulateTiles(const GemmArgs& g, bool pairs, const Packed& a, const Packed& b,
+                            int64_t depth, float* sums, int64_t a_stride, int64_t b_stride,
+                            bool add, bool last) {
+  const AccumulateTile* accumulate =
+      kHasPairs && pairs ? kAccumulate<kHasPairs> : kAccumulate<false>;
   for (int64_t j = b.begin; j < b.end; ++j) {
     const float* right = b.data + (j - b.begin) * depth * kTileColumns;
     for (int64_t i = a.begin; i < a.end; ++i) {
@@ -111,17 +115,19 @@ inline void AccumulateTiles(const GemmArgs& g, const Packed& a, const Packed& b,
       const int64_t share = Ceil(depth * kTileColumns, a.end - a.begin);  // of the next panel of b
       const float* next = right + depth * kTileColumns + (i - a.begin) * share;
       for (int64_t e = 0; e < share; e += 16) __builtin_prefetch(next + e, 0, 2);
-      kAccumulate[rows - 1](a.data + (i - a.begin) * depth * kTileRows, right, depth,
-                            sums + tile * kTileRows * kTileColumns, add, last ? &to : nullptr);
+      accumulate[rows - 1](a.data + (i - a.begin) * depth * kTileRows, right, depth,
+                           sums + tile * kTileRows * kTileColumns, add, last ? &to : nullptr);
     }
   }
 }
 
 inline GemmPlan PlanGemm(const GemmArgs& g) {
-  const int64_t m = g.a.lines, n = g.b.lines, depth = g.a.depth;
+  const int64_t m = g.a.lines, n = g.b.lines;
   GemmPlan p{};
   p.split_b = n >= m;
-  if (DotsServe(g, p.split_b)) return PlanDots(g, p.split_b);
+  p.pairs = Pairs(g);
+  if (DotsServe(g, p.split_b)) return PlanDots(g, p);
+  const int64_t depth = Steps(g, p);
   const int64_t a_panels = Ceil(m, kTileRows), b_panels = Ceil(n, kTileColumns);
   p.split_panels = p.split_b ? b_panels : a_panels;
   p.shared_panels = p.split_b ? a_panels : b_panels;
@@ -151,15 +157,15 @@ inline GemmPlan PlanGemm(const GemmArgs& g) {
 inline void PackShared(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                        int64_t begin, int64_t end, float* packed) {
   if (p.dots) return PackDots(g, p, begin, end, packed);
-  const int64_t depth = g.a.depth;
+  const int64_t depth = Steps(g, p);
   for (int64_t k = 0; k < depth; k += p.depth_block) {
     const int64_t steps = Least(p.depth_block, depth - k);
     if (p.split_b) {
       float* to = packed + kTileRows * (k * count + begin * steps);
-      PackPanels<kTileRows>(g.a, first + begin, end - begin, k, steps, to);
+      PackPanels<kTileRows>(g.a, p.pairs, first + begin, end - begin, k, steps, to);
     } else {
       float* to = packed + kTileColumns * (k * count + begin * steps);
-      PackPanels<kTileColumns>(g.b, first + begin, end - begin, k, steps, to);
+      PackPanels<kTileColumns>(g.b, p.pairs, first + begin, end - begin, k, steps, to);
     }
   }
 }
@@ -167,7 +173,7 @@ inline void PackShared(const GemmArgs& g, const GemmPlan& p, int64_t first, int6
 // The columns [begin, end) of panels of b with a block of shared panels of a.
 inline void MultiplySplitB(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                            int64_t begin, int64_t end, const float* packed, float* scratch) {
-  const int64_t depth = g.a.depth;
+  const int64_t depth = Steps(g, p);
   float* sums = scratch + kStripB * kTileColumns * p.depth_block;
   for (int64_t j = begin; j < end; j += kStripB) {
     const int64_t stop = Least(j + kStripB, end);
@@ -181,8 +187,8 @@ inline void MultiplySplitB(const GemmArgs& g, const GemmPlan& p, int64_t first, 
         float* tiles = sums + i * kStripB * kTileRows * kTileColumns;
         for (int64_t jj = j; jj < stop; ++jj) {  // a panel is packed where it is used first
           float* panel = scratch + (jj - j) * kTileColumns * steps;
-          if (i == 0) PackPanels<kTileColumns>(g.b, jj, 1, k, steps, panel);
-          AccumulateTiles(g, a, {panel, jj, jj + 1}, steps,
+          if (i == 0) PackPanels<kTileColumns>(g.b, p.pairs, jj, 1, k, steps, panel);
+          AccumulateTiles(g, p.pairs, a, {panel, jj, jj + 1}, steps,
                           tiles + (jj - j) * kTileRows * kTileColumns, kStripB, 0, add, last);
         }
       }
@@ -194,15 +200,15 @@ inline void MultiplySplitB(const GemmArgs& g, const GemmPlan& p, int64_t first, 
 // The rows of panels [begin, end) of a with a block of shared panels of b.
 inline void MultiplySplitA(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                            int64_t begin, int64_t end, const float* packed, float* scratch) {
-  const int64_t depth = g.a.depth;
+  const int64_t depth = Steps(g, p);
   float* sums = scratch + kStripA * kTileRows * p.depth_block;
   for (int64_t i = begin; i < end; i += kStripA) {
     const int64_t stop = Least(i + kStripA, end);
     int64_t k = 0;
     do {
       const int64_t steps = Least(p.depth_block, depth - k);
-      PackPanels<kTileRows>(g.a, i, stop - i, k, steps, scratch);
-      AccumulateTiles(g, {scratch, i, stop},
+      PackPanels<kTileRows>(g.a, p.pairs, i, stop - i, k, steps, scratch);
+      AccumulateTiles(g, p.pairs, {scratch, i, stop},
                       {packed + kTileColumns * k * count, first, first + count}, steps, sums, 1,
                       kStripA, k > 0, k + steps == depth);
       k += steps;

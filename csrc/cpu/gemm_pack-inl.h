@@ -1,5 +1,5 @@
-// What the matrix product does beside multiplying: fp32 panels from operands of any dtype and
-// order, and a result of any dtype from fp32 tiles.
+// What the matrix product does beside looping over tiles: panels of fp32 numbers, or of pairs of
+// bf16, from operands of any dtype and order, and a result of any dtype from fp32 tiles.
 #if defined(PD_GEMM_PACK_INL_H) == defined(PD_TOGGLE)
 #ifdef PD_GEMM_PACK_INL_H
 #undef PD_GEMM_PACK_INL_H
@@ -18,11 +18,45 @@ constexpr int64_t kElementsWorthAThread = 1 << 15, kProductsWorthAThread = 1 << 
 PD_INLINE int64_t Least(int64_t a, int64_t b) { return a < b ? a : b; }
 PD_INLINE int64_t Ceil(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
-// How elements of a dtype become fp32: kLanes of them in order, or half of 2 kLanes of them, for
-// bf16 every other one.
+#if PD_TARGET >= PD_TARGET_AVX512_BF16
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// Whether operands are multiplied as pairs of bf16.
+PD_INLINE bool Pairs(const GemmArgs& g) {
+  const auto fits = [&](DType dtype) {
+    return dtype == DType::kBf16 || (g.narrow && dtype == DType::kF32);
+  };
+  const bool any = g.a.dtype == DType::kBf16 || g.b.dtype == DType::kBf16;
+  return kHasPairs && any && fits(g.a.dtype) && fits(g.b.dtype);
+}
+
+PD_INLINE int64_t Steps(const GemmArgs& g, const GemmPlan& p) {
+  return p.pairs ? Ceil(g.a.depth, 2) : g.a.depth;
+}
+
+// c + a b for one step of the depth.
+template <bool kPairs>
+PD_INLINE V AddProducts(V a, V b, V c) {
+#if PD_TARGET >= PD_TARGET_AVX512_BF16
+  if constexpr (kPairs) return DotBf16(a, b, c);
+#endif
+  return Fma(a, b, c);
+}
+
+// How numbers of a dtype become steps of the depth, which are fp32 numbers or pairs of bf16:
+//   Along   kLanes steps of one line, whose numbers lie one after the other
+//   Across  one step of kLanes lines, whose numbers lie side by side, `next` from one to the next
+//   One     one step of one line; of a pair the second may not be `there`
+// and, for products that widen in place, half of 2 kLanes numbers, for bf16 every other one.
 struct F32 {
   using T = float;
-  static PD_INLINE V Widen(const T* p) { return Load(p); }
+  static constexpr int kStep = 1;  // numbers a step
+  static PD_INLINE V Along(const T* p) { return Load(p); }
+  static PD_INLINE V Across(const T* p, int64_t) { return Load(p); }
+  static PD_INLINE float One(const T* p, int64_t, bool) { return *p; }
   template <int kHalf>
   static PD_INLINE V Half(const T* p) {
     return Load(p + kHalf * kLanes);
@@ -30,7 +64,15 @@ struct F32 {
 };
 struct Bf16 {
   using T = uint16_t;
-  static PD_INLINE V Widen(const T* p) { return LoadBf16(p); }
+  static constexpr int kStep = 1;
+  static PD_INLINE V Along(const T* p) { return LoadBf16(p); }
+  static PD_INLINE V Across(const T* p, int64_t) { return LoadBf16(p); }
+  static PD_INLINE float One(const T* p, int64_t, bool) {  // without a detour through memory
+    const uint32_t bits = uint32_t(*p) << 16;
+    float wide_bits;
+    std::memcpy(&wide_bits, &bits, sizeof(bits));
+    return wide_bits;
+  }
   template <int kHalf>
   static PD_INLINE V Half(const T* p) {
     return kHalf ? SecondBf16(LoadPairs(p)) : FirstBf16(LoadPairs(p));
@@ -38,42 +80,74 @@ struct Bf16 {
 };
 struct F16 {
   using T = uint16_t;
-  static PD_INLINE V Widen(const T* p) { return LoadF16(p); }
+  static constexpr int kStep = 1;
+  static PD_INLINE V Along(const T* p) { return LoadF16(p); }
+  static PD_INLINE V Across(const T* p, int64_t) { return LoadF16(p); }
+  static PD_INLINE float One(const T* p, int64_t, bool) {
+    T alone[kLanes] = {*p};
+    float wide[kLanes];
+    Store(LoadF16(alone), wide);
+    return wide[0];
+  }
   template <int kHalf>
   static PD_INLINE V Half(const T* p) {
     return LoadF16(p + kHalf * kLanes);
   }
 };
-template <class Type>
-PD_INLINE float WidenOne(typename Type::T x) {
-  if constexpr (std::is_same_v<Type, F32>) return x;
-  if constexpr (std::is_same_v<Type, Bf16>) {  // without a detour through memory
-    const uint32_t bits = uint32_t(x) << 16;
-    float wide_bits;
-    std::memcpy(&wide_bits, &bits, sizeof(bits));
-    return wide_bits;
+#if PD_TARGET >= PD_TARGET_AVX512_BF16
+struct Bf16Pairs {
+  using T = uint16_t;
+  static constexpr int kStep = 2;
+  static PD_INLINE V Along(const T* p) { return LoadPairs(p); }
+  template <int kHalf>  // of kLanes numbers a vector there is but one
+  static PD_INLINE V Half(const T* p) {
+    return LoadPairs(p);
   }
-  typename Type::T alone[kLanes] = {x};
-  float wide[kLanes];
-  Store(Type::Widen(alone), wide);
-  return wide[0];
-}
+  static PD_INLINE V Across(const T* p, int64_t next) { return JoinBf16(p, p + next); }
+  static PD_INLINE float One(const T* p, int64_t next, bool there) {
+    const uint16_t pair[2] = {*p, there ? p[next] : uint16_t{0}};
+    float bits;
+    std::memcpy(&bits, pair, sizeof(bits));
+    return bits;
+  }
+};
+struct F32Pairs {
+  using T = float;
+  static constexpr int kStep = 2;
+  static PD_INLINE V Along(const T* p) { return RoundPairs(Load(p), Load(p + kLanes)); }
+  static PD_INLINE V Across(const T* p, int64_t next) {
+    return JoinRounded(Load(p), Load(p + next));
+  }
+  static PD_INLINE float One(const T* p, int64_t next, bool there) {
+    const float pair[2 * kLanes] = {*p, there ? p[next] : 0.0f};
+    float pairs[kLanes];
+    Store(RoundPairs(Load(pair), Load(pair + kLanes)), pairs);
+    return pairs[0];
+  }
+};
+#endif
 
-// Packs kLanes lines (only `lines` of them exist; the others are anything) at p: number k of line i
-// goes to to[k * stride + i].
+// Packs `steps` whole steps of kLanes lines (only `lines` of them exist; the others are anything)
+// at p, and a half one after them if `half`: step k of line i goes to to[k * stride + i].
 template <class Type>
-inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, int64_t depth,
-                      float* to, int64_t stride) {
+inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, int64_t steps,
+                      bool half, float* to, int64_t stride) {
+  constexpr int64_t kStep = Type::kStep;
+  const auto one = [&](int64_t i, int64_t k, bool there) PD_INLINE_LAMBDA {
+    to[k * stride + i] =
+        Type::One(p + i * x.line_stride + k * kStep * x.depth_stride, x.depth_stride, there);
+  };
+  const int64_t exist = Least(kLanes, lines);
+  if (half) {
+    for (int64_t i = 0; i < exist; ++i) one(i, steps, false);
+  }
   if (x.depth_stride != 1) {
-    if (lines >= kLanes) {
-      for (int64_t k = 0; k < depth; ++k)
-        Store(Type::Widen(p + k * x.depth_stride), to + k * stride);
-      return;
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-      typename Type::T some[kLanes] = {};
-      for (int64_t i = 0; i < lines; ++i) some[i] = p[k * x.depth_stride + i];
-      Store(Type::Widen(some), to + k * stride);
+    for (int64_t k = 0; k < steps; ++k) {
+      if (lines >= kLanes) {
+        Store(Type::Across(p + k * kStep * x.depth_stride, x.depth_stride), to + k * stride);
+      } else {
+        for (int64_t i = 0; i < exist; ++i) one(i, k, true);
+      }
     }
     return;
   }
@@ -82,7 +156,7 @@ inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, 
   V v[kLanes];
   int64_t k = 0;
   if constexpr (std::is_same_v<Type, Bf16>) {  // pairs are transposed before they are widened
-    for (; k + 2 * kLanes <= depth; k += 2 * kLanes) {
+    for (; k + 2 * kLanes <= steps; k += 2 * kLanes) {
       for (int i = 0; i < kLanes; ++i) v[i] = LoadPairs(line[i] + k);
       Transpose(v);
       for (int i = 0; i < kLanes; ++i) {
@@ -91,27 +165,29 @@ inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, 
       }
     }
   }
-  for (; k + kLanes <= depth; k += kLanes) {
-    for (int i = 0; i < kLanes; ++i) v[i] = Type::Widen(line[i] + k);
+  for (; k + kLanes <= steps; k += kLanes) {
+    for (int i = 0; i < kLanes; ++i) v[i] = Type::Along(line[i] + k * kStep);
     Transpose(v);
     for (int i = 0; i < kLanes; ++i) Store(v[i], to + (k + i) * stride);
   }
-  for (; k < depth; ++k) {
-    for (int i = 0; i < kLanes; ++i) to[k * stride + i] = WidenOne<Type>(line[i][k]);
+  for (; k < steps; ++k) {
+    for (int i = 0; i < exist; ++i) one(i, k, true);
   }
 }
 
-// Packs `panels` panels of kWidth lines, from number `panel` on, over depth [k0, k0 + depth):
-// number k of line i of a panel goes to [k * kWidth + i] of its kWidth * depth floats.
+// Packs `panels` panels of kWidth lines, from number `panel` on, over steps [k0, k0 + steps) of the
+// depth: step k of line i of a panel goes to [k * kWidth + i] of its kWidth * steps numbers.
 template <int kWidth, class Type>
-inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t depth,
+inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t steps,
                          float* to) {
-  const auto* first = static_cast<const typename Type::T*>(x.data) + k0 * x.depth_stride;
+  constexpr int64_t kStep = Type::kStep;
+  const auto* first = static_cast<const typename Type::T*>(x.data) + k0 * kStep * x.depth_stride;
   const int64_t begin = panel * kWidth, end = Least(begin + panels * kWidth, x.lines);
+  const int64_t whole = Least(steps, x.depth / kStep - k0);
   if constexpr (kWidth % kLanes == 0) {
     for (int64_t i = begin; i < end; i += kLanes) {
-      PackLanes<Type>(first + i * x.line_stride, x, end - i, depth,
-                      to + (i - begin) / kWidth * kWidth * depth + (i - begin) % kWidth, kWidth);
+      PackLanes<Type>(first + i * x.line_stride, x, end - i, whole, whole < steps,
+                      to + (i - begin) / kWidth * kWidth * steps + (i - begin) % kWidth, kWidth);
     }
   } else {  // through a block whose width is a multiple of both
     constexpr int64_t kWide = 4 * kWidth * kLanes / 4, kSteps = 32;
@@ -119,15 +195,15 @@ inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t 
     float block[kSteps * kWide];
     for (int64_t i = begin; i < end; i += kWide) {
       const int64_t lines = Least(kWide, end - i);
-      for (int64_t k = 0; k < depth; k += kSteps) {
-        const int64_t steps = Least(kSteps, depth - k);
+      for (int64_t k = 0; k < steps; k += kSteps) {
+        const int64_t some = Least(kSteps, steps - k), full = Least(some, whole - k);
         for (int64_t j = 0; j < lines; j += kLanes) {
-          PackLanes<Type>(first + (i + j) * x.line_stride + k * x.depth_stride, x, lines - j, steps,
-                          block + j, kWide);
+          PackLanes<Type>(first + (i + j) * x.line_stride + k * kStep * x.depth_stride, x,
+                          lines - j, full, full < some, block + j, kWide);
         }
         for (int64_t j = 0; j < lines; j += kWidth) {
-          float* panel_at = to + (i - begin + j) * depth + k * kWidth;
-          for (int64_t s = 0; s < steps; ++s) {
+          float* panel_at = to + (i - begin + j) * steps + k * kWidth;
+          for (int64_t s = 0; s < some; ++s) {
             std::memcpy(panel_at + s * kWidth, block + s * kWide + j, kWidth * sizeof(float));
           }
         }
@@ -137,16 +213,25 @@ inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t 
 }
 
 template <int kWidth>
-inline void PackPanels(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t depth,
-                       float* to) {
-  if (depth == 0) return;
+inline void PackPanels(const Lines& x, bool pairs, int64_t panel, int64_t panels, int64_t k0,
+                       int64_t steps, float* to) {
+  if (steps == 0) return;
+#if PD_TARGET >= PD_TARGET_AVX512_BF16
+  if (pairs) {
+    if (x.dtype == DType::kF32) {
+      return PackPanelsOf<kWidth, F32Pairs>(x, panel, panels, k0, steps, to);
+    }
+    return PackPanelsOf<kWidth, Bf16Pairs>(x, panel, panels, k0, steps, to);
+  }
+#endif
+  (void)pairs;
   switch (x.dtype) {
     case DType::kF32:
-      return PackPanelsOf<kWidth, F32>(x, panel, panels, k0, depth, to);
+      return PackPanelsOf<kWidth, F32>(x, panel, panels, k0, steps, to);
     case DType::kBf16:
-      return PackPanelsOf<kWidth, Bf16>(x, panel, panels, k0, depth, to);
+      return PackPanelsOf<kWidth, Bf16>(x, panel, panels, k0, steps, to);
     case DType::kF16:
-      return PackPanelsOf<kWidth, F16>(x, panel, panels, k0, depth, to);
+      return PackPanelsOf<kWidth, F16>(x, panel, panels, k0, steps, to);
   }
 }
 

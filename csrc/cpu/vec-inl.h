@@ -115,6 +115,28 @@ PD_INLINE V SecondBf16(V pairs) {
   return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs.v),
                                                _mm512_set1_epi32(static_cast<int>(0xffff0000))))};
 }
+#if PD_TARGET >= PD_TARGET_AVX512_BF16
+// c + a b over the pairs of bf16 in each lane, the second of a pair first; subnormals count as 0.
+PD_INLINE V DotBf16(V a, V b, V c) {
+  return {_mm512_dpbf16_ps(c.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+}
+// Pairs from 2 kLanes numbers in order, rounded.
+PD_INLINE V RoundPairs(V low, V high) {
+  return {reinterpret_cast<__m512>(_mm512_cvtne2ps_pbh(high.v, low.v))};
+}
+// Pairs of which the firsts and the seconds come apart: bf16 numbers, or fp32 ones to be rounded.
+PD_INLINE V JoinBf16(const uint16_t* firsts, const uint16_t* seconds) {
+  const V low = LoadBf16(firsts), high = LoadBf16(seconds);
+  return {
+      _mm512_or_ps(_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(low.v), 16)), high.v)};
+}
+PD_INLINE V JoinRounded(V firsts, V seconds) {
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(seconds.v, firsts.v));
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(both));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(both, 1));
+  return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+}
+#endif
 // Lane j of x[i] becomes lane i of x[j]. Zipping x[i] with x[i + 8] moves the highest bit of the
 // row's number to the bottom of the lane's; four times exchanges the two numbers.
 PD_INLINE void Transpose(V (&x)[kLanes]) {

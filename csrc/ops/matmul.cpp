@@ -38,7 +38,7 @@ std::pair<const char*, const char*> span(const Tensor& x) {
   return {data, data + (last + 1) * static_cast<int64_t>(x.element_size())};
 }
 
-void matmul_out(Tensor a, Tensor b, bool accumulate, Tensor out) {
+void matmul_out(Tensor a, Tensor b, bool accumulate, bool narrow, Tensor out) {
   GemmArgs g{};
   g.a = lines("a", a, false);
   g.b = lines("b", b, true);
@@ -48,6 +48,7 @@ void matmul_out(Tensor a, Tensor b, bool accumulate, Tensor out) {
   g.out_dtype = dtype_of("out", out);
   STD_TORCH_CHECK(!accumulate || g.out_dtype == DType::kF32, "accumulate needs an fp32 out");
   g.accumulate = accumulate;
+  g.narrow = narrow;
   if (out.numel() == 0) return;
   for (const Tensor* x : {&a, &b}) {
     const auto [begin, end] = span(*x);

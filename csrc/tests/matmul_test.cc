@@ -66,7 +66,7 @@ void Run(const GemmArgs& g, int capability, int64_t unit) {
 }
 
 void Check(const Shape& s, DType a_type, DType b_type, DType out_type, bool a_deep, bool b_deep,
-           int64_t gap, bool accumulate) {
+           int64_t gap, bool accumulate, bool narrow) {
   const Operand a(s.m, s.k, a_type, a_deep, gap), b(s.n, s.k, b_type, b_deep, gap);
   const int64_t stride = s.n + gap;
   const auto size = static_cast<size_t>((s.m - 1) * stride + s.n);
@@ -76,7 +76,7 @@ void Check(const Shape& s, DType a_type, DType b_type, DType out_type, bool a_de
       for (size_t i = 0; i < size; ++i) {
         encode(3.0f, out_type, out.data() + i * size_of(out_type));
       }
-      Run({a.view, b.view, out.data(), out_type, stride, accumulate}, capability, unit);
+      Run({a.view, b.view, out.data(), out_type, stride, accumulate, narrow}, capability, unit);
       for (size_t at = 0; at < size; ++at) {
         const auto i = static_cast<int64_t>(at) / stride, j = static_cast<int64_t>(at) % stride;
         float want = accumulate || j >= s.n ? 3.0f : 0.0f;
@@ -108,8 +108,10 @@ int Main() {
     for (const DType a : dtypes) {
       for (const DType b : dtypes) {
         for (int layout = 0; layout < 4; ++layout) {
-          Check(s, a, b, DType::kF32, layout & 1, layout & 2, layout == 1 ? 3 : 0, layout & 2);
-          Check(s, a, b, layout & 1 ? DType::kBf16 : DType::kF16, layout & 1, layout & 2, 5, false);
+          Check(s, a, b, DType::kF32, layout & 1, layout & 2, layout == 1 ? 3 : 0, layout & 2,
+                false);
+          Check(s, a, b, layout & 1 ? DType::kBf16 : DType::kF16, layout & 1, layout & 2, 5, false,
+                true);
         }
       }
     }

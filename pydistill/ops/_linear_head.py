@@ -7,7 +7,8 @@ the weight's gradient is then complete at once, summed in fp32 and rounded once.
 logits twice (8 R V H flops for the student's three gradients and 4 R V H for a teacher's head;
 `gradient="in_forward"`: 6 and 2) and holds O(R + V) besides a tile.
 
-Products are sums in fp32 of the operands as they are. Logits are fp32, whatever the operands.
+Products are sums in fp32 of the operands as they are. Logits are fp32, whatever the operands; their
+gradient is rounded to bf16 where both tensors of the head are, and the device multiplies bf16.
 """
 
 from __future__ import annotations
@@ -222,10 +223,11 @@ def _add(
         grad *= slope
     if out.bias is not None:
         out.bias.add_(grad.sum(0))
+    narrow = head.hidden.dtype == head.weight.dtype == torch.bfloat16
     if out.hidden is not None:
-        product(grad, head.weight[columns], out.hidden[rows], accumulate=True)
+        product(grad, head.weight[columns], out.hidden[rows], accumulate=True, narrow=narrow)
     if out.weight is not None:
-        product(grad.T, head.hidden[rows], out.weight, accumulate=True)
+        product(grad.T, head.hidden[rows], out.weight, accumulate=True, narrow=narrow)
 
 
 def _zeros(out: Tensor) -> Tensor:
@@ -247,12 +249,15 @@ def _clear_rest(out: Gradients, vocab: int) -> None:
             x[vocab:].zero_()
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """out (+)= a @ b, fp32 sums of operands of any floating dtype."""
+def product(
+    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False, narrow: bool = False
+) -> None:
+    """out (+)= a @ b, fp32 sums of operands of any floating dtype; with `narrow` an fp32 one beside
+    a bf16 one may be rounded to bf16."""
     if a.is_cuda and a.dtype != b.dtype:  # the tensor cores take operands of one type
         half = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
         a, b = a.to(half), b.to(half)
-    matmul(a, b, out=out, accumulate=accumulate)
+    matmul(a, b, out=out, accumulate=accumulate, narrow=narrow)
 
 
 def new_gradients(

@@ -12,8 +12,8 @@ def matmul_reference(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.to(dtype), b.to(dtype))
 
 
-def matmul_out(a: Tensor, b: Tensor, accumulate: bool, out: Tensor) -> None:
-    """The same as an `out` kernel, for torch's dispatcher."""
+def matmul_out(a: Tensor, b: Tensor, accumulate: bool, narrow: bool, out: Tensor) -> None:
+    """The same as an `out` kernel, for torch's dispatcher; it never rounds an operand."""
     if any(shares_memory(x, out) for x in (a, b)):
         raise RuntimeError("out must not share memory with an operand")
     write(matmul_reference(a, b), accumulate, out)

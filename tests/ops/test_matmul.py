@@ -62,13 +62,13 @@ def test_reference_is_the_sum_of_products() -> None:
     st.integers(0, 70), st.integers(0, 300), st.integers(0, 110),
     st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from(DTYPES),
     st.sampled_from(LAYOUTS[:5]), st.sampled_from(LAYOUTS[:5]), st.sampled_from(LAYOUTS[:4]),
-    st.booleans(), st.sampled_from(_native.supported_capabilities() or ["none"]),
+    st.booleans(), st.booleans(), st.sampled_from(_native.supported_capabilities() or ["none"]),
 )  # fmt: skip
 def test_exact_products_of_any_shape(
     m: int, k: int, n: int,
     a_dtype: torch.dtype, b_dtype: torch.dtype, out_dtype: torch.dtype,
     a_layout: str, b_layout: str, out_layout: str,
-    accumulate: bool, capability: str,
+    accumulate: bool, narrow: bool, capability: str,
 ) -> None:  # fmt: skip
     if not HAS_NATIVE:
         pytest.skip("the native library has no matmul; run `make build`")
@@ -79,7 +79,10 @@ def test_exact_products_of_any_shape(
     room = lay(before, out_layout)
     around = room._base.clone() if room._base is not None else None
     with _native.use_capability(capability):
-        matmul(lay(a, a_layout), lay(b, b_layout), out=room, accumulate=accumulate, impl="cpu")
+        matmul(
+            lay(a, a_layout), lay(b, b_layout), out=room, accumulate=accumulate, narrow=narrow,
+            impl="cpu",
+        )  # fmt: skip
     assert torch.equal(room, want.float().to(out_dtype))
     if around is not None and room.numel():  # nothing beside the result was written
         lay_of = room._base.isnan() if room._base.numel() != room.numel() else None
@@ -111,6 +114,27 @@ def test_sums_are_fp32(impl: str) -> None:
     """bf16 sums would stop at 256."""
     a, b = torch.ones(2, 5000, dtype=torch.bfloat16), torch.ones(5000, 3, dtype=torch.bfloat16)
     equal(matmul(a, b, impl=impl), torch.full((2, 3), 5000.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("m", [3, 40])
+def test_narrow_rounds_an_fp32_operand_beside_a_bf16_one(m: int, each_cpu: str) -> None:
+    """Once, to the nearest, and only there, where the processor multiplies bf16."""
+    a, b = torch.randn(m, 301), torch.randn(301, 70).bfloat16()
+    bound = 1.01 * 303 * 2.0**-24 * (a.abs().double() @ b.abs().double())
+    products = _native.capability() in ("avx512_bf16", "amx")
+    for left in (a, a.t().contiguous().t()):
+        for right in (b, b.t().contiguous().t()):
+            used = left.bfloat16() if products else left
+            exact = (left.double() @ right.double(), used.double() @ right.double())
+            for narrow, want in zip((False, True), exact, strict=True):
+                got = matmul(left, right, narrow=narrow, impl=each_cpu).double()
+                assert bool(((got - want).abs() <= bound).all())
+                got = matmul(right.t(), left.t(), narrow=narrow, impl=each_cpu).double().t()
+                assert bool(((got - want).abs() <= bound).all())
+    wide = torch.randn(301, 70)
+    assert torch.equal(matmul(a, wide, narrow=True, impl=each_cpu), matmul(a, wide, impl=each_cpu))
+    half = wide.half()
+    assert torch.equal(matmul(a, half, narrow=True, impl=each_cpu), matmul(a, half, impl=each_cpu))
 
 
 def test_default_and_torch_paths() -> None:
@@ -147,7 +171,7 @@ def test_version_counter(impl: str) -> None:
 
 
 def test_opcheck() -> None:
-    arguments = (torch.randn(3, 4), torch.randn(4, 5), True, torch.randn(3, 5))
+    arguments = (torch.randn(3, 4), torch.randn(4, 5), True, False, torch.randn(3, 5))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(_registry.overload("matmul_out", "cpu"), arguments, test_utils=tests)
 
@@ -192,7 +216,7 @@ def test_aliases_are_refused() -> None:
     beside = memory[16:32].view(4, 4)
     assert torch.equal(matmul(square, square, out=beside), matmul(square, square))
     op = _registry.overload("matmul_out", "cpu")
-    for arguments in ((square, beside, False, square), (beside, square, False, late)):
+    for arguments in ((square, beside, False, False, square), (beside, square, False, False, late)):
         with pytest.raises(RuntimeError, match="out must not share memory"):
             op(*arguments)
 
@@ -203,12 +227,12 @@ def test_raw_op_is_memory_safe() -> None:
         pytest.skip("the native library has no matmul; run `make build`")
     a, b, out = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
     for match, arguments in {
-        "do not agree": (a, b.t(), False, out),
-        "fp32, bf16 or fp16": (a.double(), b, False, out),
-        "a must have a unit stride": (torch.randn(6, 8)[::2, ::2], b, False, out),
-        "accumulate needs": (a, b, True, out.bfloat16()),
-        "no element twice": (a, b, False, torch.empty(1, 5).expand(3, 5)),
-        "must be a matrix": (a[0], b, False, out),
+        "do not agree": (a, b.t(), False, False, out),
+        "fp32, bf16 or fp16": (a.double(), b, False, False, out),
+        "a must have a unit stride": (torch.randn(6, 8)[::2, ::2], b, False, False, out),
+        "accumulate needs": (a, b, True, False, out.bfloat16()),
+        "no element twice": (a, b, False, False, torch.empty(1, 5).expand(3, 5)),
+        "must be a matrix": (a[0], b, False, False, out),
     }.items():
         with pytest.raises(RuntimeError, match=match):
             op(*arguments)

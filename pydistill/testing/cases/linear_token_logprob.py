@@ -27,7 +27,6 @@ _SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
 TOLERANCES = {
     "logprob": Tolerance(2e-6, 2e-6),
     "entropy": Tolerance(2e-6, 2e-6),
-    **{part: Tolerance(1e-5, 1e-5) for part in _linear.PARTS},
 }
 
 
@@ -73,7 +72,7 @@ def _case(
         shape=(rows, v),
         dtypes=dtypes,
         options=options,
-        tolerances=TOLERANCES,
+        tolerances={**TOLERANCES, **_linear.gradient_tolerances(dtypes)},
         flops={"recompute": 8 * rows * v * h},
         marks=frozenset(marks),
         gate=gate,
