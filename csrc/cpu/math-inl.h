@@ -39,7 +39,8 @@ inline constexpr float kPowersOf2[16] = {
 #endif
 
 #if PD_TARGET >= PD_TARGET_AVX512
-// e^x for finite x <= 88; infinities and NaN give NaN.
+// e^x for x in [-105, 88]; above, e^88 or more, infinite of either sign, or NaN (no float above 88
+// gives less: a test tries all); infinities and NaN give NaN.
 // x = n ln 2 + r with n a multiple of 1/16: 2^n is a power of two and a table's entry, and abs(r)
 // <= ln 2 / 32 needs three terms. Adding 1.5 2^19 rounds to sixteenths and leaves n's in the low
 // bits.
@@ -77,26 +78,26 @@ PD_INLINE V ExpNormal(V x) {
 #endif
 }
 
+// ExpNormal less e^-87, which it is given as `least`: 0 from there down. What is taken off is lost
+// in rounding above -70. Above 88 it is e^88 or more, infinite of either sign, or NaN.
+PD_INLINE V ExpLess(V x, V least) {
+#if PD_TARGET >= PD_TARGET_AVX512
+  static_cast<void>(least);
+  return ExpFinite(Max(Set(-105.0f), x));
+#else
+  x = Max(Set(-87.0f), Min(Set(88.0f), x));  // in this order NaN passes through both
+  const V magic = Set(12583039.0f), shifted = Fma(x, Set(1.44269504f), magic), n = shifted - magic;
+  const V mantissa = Expm1Reduced(Fnma(n, Set(0.693147182f), x)) + Set(1.0f);
+  return Fma(mantissa, Pow2OfLowBits(shifted), Neg(least));
+#endif
+}
+
 // e^x to ExpNonPositive's error, for any x: 0 and +inf at the ends.
 PD_INLINE V ExpClamped(V x) {
 #if PD_TARGET >= PD_TARGET_AVX512
   return ExpFinite(Max(Set(-105.0f), Min(Set(89.0f), x)));
 #else
   return Exp(x);
-#endif
-}
-
-// ExpNormal less e^-87, which it is given as `least`: 0 from there down. What is taken off is lost
-// in rounding above -70. Above 88 it is e^88 or more.
-PD_INLINE V ExpLess(V x, V least) {
-#if PD_TARGET >= PD_TARGET_AVX512
-  static_cast<void>(least);
-  return ExpClamped(x);
-#else
-  x = Max(Set(-87.0f), Min(Set(88.0f), x));  // in this order NaN passes through both
-  const V magic = Set(12583039.0f), shifted = Fma(x, Set(1.44269504f), magic), n = shifted - magic;
-  const V mantissa = Expm1Reduced(Fnma(n, Set(0.693147182f), x)) + Set(1.0f);
-  return Fma(mantissa, Pow2OfLowBits(shifted), Neg(least));
 #endif
 }
 

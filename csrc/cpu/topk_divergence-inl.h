@@ -80,7 +80,7 @@ inline RowSum KeepExps(Row& row, int64_t vocab, float k, const Memory& m) {
           row.dtype == DType::kF32
               ? KeepBlock(row, Fp32At{row.At<float>(begin)}, begin, padded, k, sum.max, m)
               : KeepBlock(row, Bf16At{row.At<uint16_t>(begin)}, begin, padded, k, sum.max, m);
-      if (z <= kBlock) {
+      if (z >= 0 && z <= kBlock) {
         sum.z += z;
         continue;
       }
