@@ -5,7 +5,7 @@ whole rows, so that every operator on rows serves as it is. Backward goes over *
 all rows: a row whose statistics are known needs nothing of its other columns, and a tile's part of
 the weight's gradient is then complete at once, summed in fp32 and rounded once. That computes the
 logits twice (8 R V H flops for the student's three gradients and 4 R V H for a teacher's head;
-`gradient="in_forward"`: 6 and 2) and holds O(R + V) besides a tile.
+`gradient="in_forward"`: 6 and 2, see `forward_backward`) and holds O(R + V) besides a tile.
 
 Products are sums in fp32 of the operands as they are. Logits are fp32, whatever the operands; their
 gradient is rounded to bf16 where both tensors of the head are, and the device multiplies bf16.
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from pydistill import _registry
-from pydistill.ops import _rows
+from pydistill.ops import _memory, _rows
 from pydistill.ops.matmul import matmul
 from pydistill.reference.linear_head import Head
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A block of rows in forward: at most so many rows (enough to spread the packing of the weight
-# over), and at most so many bytes of fp32 logits a side.
-BLOCK_ROWS, BLOCK_BYTES = 192, 128 << 20
+# over), in units of the CPU kernels' tiles, and at most so many bytes of fp32 logits a side.
+BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 12, 128 << 20
 # A tile of backward.
 TILE_ROWS, TILE_COLUMNS = 1024, 2048
 
@@ -131,11 +131,14 @@ def select_optional(x: Tensor | None, index: Tensor | None) -> Tensor | None:
     return None if x is None else select(x, index)
 
 
-def spans(size: int, at_most: int) -> Iterator[slice]:
-    """[0, size) in as few even parts as `at_most` allows."""
+def spans(size: int, at_most: int, unit: int = 1) -> Iterator[slice]:
+    """[0, size) in as few parts as `at_most` allows: even ones, but whole units where they fit."""
     parts = -(-size // at_most) if size else 0
-    for i in range(parts):
-        yield slice(size * i // parts, size * (i + 1) // parts)
+    each = -(-size // parts) if parts else 1
+    if -(-each // unit) * unit <= at_most:
+        each = -(-each // unit) * unit
+    for begin in range(0, size, each):
+        yield slice(begin, min(begin + each, size))
 
 
 def block_rows(vocab: int) -> int:
@@ -174,60 +177,175 @@ class Tiles:
         return (logits / head.softcap).square_().neg_().add_(1).mul_(head.scale)
 
 
+def blocks(tiles: Tiles) -> Iterator[slice]:
+    return spans(tiles.head.hidden.shape[0], tiles.block_rows, BLOCK_UNIT)
+
+
 def forward(tiles: Tiles, loss: Forward) -> None:
     columns = slice(0, tiles.vocab)
-    for rows in spans(tiles.head.hidden.shape[0], tiles.block_rows):
+    for rows in blocks(tiles):
         loss.forward(tiles.logits(rows, columns), rows)
 
 
 def backward(tiles: Tiles, loss: Backward, out: Gradients) -> None:
     """`out` from the statistics that forward has left with `loss`."""
-    hidden = None if out.hidden is None else _zeros(out.hidden)
+    hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
+    sums = TileSums(out.weight)
     for columns in spans(tiles.vocab, TILE_COLUMNS):
-        weight = None if out.weight is None else _zeros(out.weight[columns])
-        bias = None if out.bias is None else _zeros(out.bias[columns])
+        sums.begin(columns)
         for rows in spans(tiles.head.hidden.shape[0], TILE_ROWS):
             logits = tiles.logits(rows, columns)
             slope = tiles.slope(logits)
             loss.backward(logits, rows, columns)
-            _add(tiles.head, logits, slope, rows, columns, Gradients(hidden, weight, bias))
-        _put(out.weight, weight, columns)
-        _put(out.bias, bias, columns)
-    _put(out.hidden, hidden, slice(None))
+            _chain(logits, slope, columns, bias)
+            _add_hidden(tiles.head, logits, rows, columns, hidden)
+            sums.add(logits, tiles.head, rows)
+        sums.end()
+    _put(out.hidden, hidden)
+    _put(out.bias, bias)
     _clear_rest(out, tiles.vocab)
 
 
 def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
-    """Losses and gradients at once, from logits computed once. The weight's gradient is summed over
-    blocks of rows, which takes fp32 memory of the weight's shape where that is a half type."""
-    sums = Gradients(*(None if x is None else _zeros(x) for x in out))
-    columns = slice(0, tiles.vocab)
-    for rows in spans(tiles.head.hidden.shape[0], tiles.block_rows):
-        logits = tiles.logits(rows, columns)
+    """Losses and gradients at once, from logits computed once, block by block of rows.
+
+    Sums of the weight's gradient over the blocks take fp32 memory of its shape, and products of a
+    few rows run below the rate of many. So where the gradients of the logits fit, they are kept
+    until all rows have theirs; then follow the products of tiles of columns, as in `backward`.
+    """
+    head, kept = tiles.head, Kept.of(tiles, out)
+    hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
+    weight = _zeros(out.weight) if out.weight is not None and kept is None else None
+    everything = slice(0, tiles.vocab)
+    for rows in blocks(tiles):
+        logits = tiles.logits(rows, everything)
         slope = tiles.slope(logits)
         loss.overwrite(logits, rows)
-        part = sums._replace(
-            weight=None if sums.weight is None else sums.weight[: tiles.vocab],
-            bias=None if sums.bias is None else sums.bias[: tiles.vocab],
-        )
-        _add(tiles.head, logits, slope, rows, columns, part)
-    for given, total in zip(out, sums, strict=True):
-        _put(given, total, slice(None))
+        _chain(logits, slope, everything, bias)
+        if kept is not None:
+            kept.put(logits, rows)
+            continue
+        _add_hidden(head, logits, rows, everything, hidden)
+        if weight is not None:
+            product(
+                logits.T, head.hidden[rows], weight[everything], accumulate=True,
+                narrow=is_narrow(head),
+            )  # fmt: skip
+    if kept is not None:
+        sums = TileSums(kept.memory, over_operand=True)
+        for columns in kept.columns():
+            sums.begin(columns)
+            for rows, grad in kept.parts(columns):
+                _add_hidden(head, grad, rows, columns, hidden)
+                sums.add(grad, head, rows)
+            sums.end()
+    else:
+        _put(out.weight, weight)
+    _put(out.hidden, hidden)
+    _put(out.bias, bias)
+    _clear_rest(out, tiles.vocab)
 
 
-def _add(
-    head: Head, grad: Tensor, slope: Tensor | float, rows: slice, columns: slice, out: Gradients
-) -> None:
-    """Adds what the gradient of a tile of logits gives to each of `out`."""
+class Kept:
+    """The gradients of all logits, by tiles of columns: for as many rows as fit in the memory of
+    the weight's gradient, whose part for those columns is written after them, and for the others
+    beside it. In the weight's dtype, fp32 or, where both tensors of the head are bf16, bf16."""
+
+    def __init__(self, rows: int, vocab: int, memory: Tensor) -> None:
+        self.memory = memory
+        self._rows, self._vocab, self._fit = rows, vocab, min(rows, memory.shape[1])
+        self._rest = memory.new_empty((rows - self._fit) * vocab)
+
+    @staticmethod
+    def of(tiles: Tiles, out: Gradients) -> Kept | None:
+        """None where there is no such memory, or sums of the weight's gradient take less."""
+        head, memory = tiles.head, out.weight
+        if memory is None or not memory.is_contiguous():
+            return None
+        if not (memory.dtype == torch.float32 or is_narrow(head)):
+            return None
+        rows, fit = head.hidden.shape[0], memory.shape[1]
+        sums = 0 if memory.dtype == torch.float32 else 4 * fit
+        if (rows - fit) * memory.element_size() > sums:
+            return None
+        return Kept(rows, tiles.vocab, memory)
+
+    def columns(self) -> Iterator[slice]:
+        return spans(self._vocab, TILE_COLUMNS)
+
+    def parts(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and the gradients of their `columns`."""
+        width, rest = columns.stop - columns.start, self._rows - self._fit
+        inside = self.memory[columns].view(-1)[: self._fit * width]
+        yield slice(0, self._fit), inside.view(self._fit, width)
+        if rest:
+            outside = self._rest[rest * columns.start : rest * columns.stop]
+            yield slice(self._fit, self._rows), outside.view(rest, width)
+
+    def put(self, grad: Tensor, rows: slice) -> None:
+        """`grad [rows, V]` to its tiles."""
+        for columns in self.columns():
+            for place, part in self.parts(columns):
+                first, last = max(place.start, rows.start), min(place.stop, rows.stop)
+                if first < last:
+                    some = grad[first - rows.start : last - rows.start, columns]
+                    part[first - place.start : last - place.start] = some
+
+
+class TileSums:
+    """A tile of the weight's gradient, summed in fp32 over rows and rounded once: in the memory of
+    the result where that is fp32 and holds no operand (`over_operand`), else in one buffer."""
+
+    def __init__(self, weight: Tensor | None, over_operand: bool = False) -> None:
+        self._weight, self._columns, self._empty = weight, slice(0), True
+        self._buffer: Tensor | None = None
+        if weight is not None and (over_operand or weight.dtype != torch.float32):
+            rows = min(TILE_COLUMNS, weight.shape[0])
+            self._buffer = weight.new_empty((rows, weight.shape[1]), dtype=torch.float32)
+
+    def begin(self, columns: slice) -> None:
+        self._columns, self._empty = columns, True
+
+    def _place(self) -> Tensor | None:
+        if self._buffer is None:
+            return None if self._weight is None else self._weight[self._columns]
+        return self._buffer[: self._columns.stop - self._columns.start]
+
+    def add(self, grad: Tensor, head: Head, rows: slice) -> None:
+        place = self._place()
+        if place is not None:
+            more = not self._empty
+            product(grad.T, head.hidden[rows], place, accumulate=more, narrow=is_narrow(head))
+            self._empty = False
+
+    def end(self) -> None:
+        place = self._place()
+        if self._weight is None or place is None:
+            return
+        if self._empty:
+            self._weight[self._columns].zero_()
+        elif self._buffer is not None:
+            self._weight[self._columns] = place
+
+
+def is_narrow(head: Head) -> bool:
+    """Whether gradients of the logits may be rounded to bf16."""
+    return head.hidden.dtype == head.weight.dtype == torch.bfloat16
+
+
+def _chain(grad: Tensor, slope: Tensor | float, columns: slice, bias: Tensor | None) -> None:
+    """Makes the gradient of logits that of the products they come from; adds it to the bias's."""
     if not isinstance(slope, float) or slope != 1.0:
         grad *= slope
-    if out.bias is not None:
-        out.bias.add_(grad.sum(0))
-    narrow = head.hidden.dtype == head.weight.dtype == torch.bfloat16
-    if out.hidden is not None:
-        product(grad, head.weight[columns], out.hidden[rows], accumulate=True, narrow=narrow)
-    if out.weight is not None:
-        product(grad.T, head.hidden[rows], out.weight, accumulate=True, narrow=narrow)
+    if bias is not None:
+        bias[columns].add_(grad.sum(0))
+
+
+def _add_hidden(
+    head: Head, grad: Tensor, rows: slice, columns: slice, hidden: Tensor | None
+) -> None:
+    if hidden is not None:
+        product(grad, head.weight[columns], hidden[rows], accumulate=True, narrow=is_narrow(head))
 
 
 def _zeros(out: Tensor) -> Tensor:
@@ -237,9 +355,9 @@ def _zeros(out: Tensor) -> Tensor:
     return torch.zeros(out.shape, dtype=torch.float32, device=out.device)
 
 
-def _put(out: Tensor | None, total: Tensor | None, at: slice) -> None:
+def _put(out: Tensor | None, total: Tensor | None) -> None:
     if out is not None and total is not None and out.dtype != torch.float32:
-        out[at].copy_(total)
+        out.copy_(total)
 
 
 def _clear_rest(out: Gradients, vocab: int) -> None:
@@ -270,7 +388,10 @@ def new_gradients(
         like = head.hidden if x is None else x
         shape = like.shape if need else (0,)
         dtype = torch.float32 if partial and x is head.hidden else like.dtype
-        found.append(torch.empty(shape, dtype=dtype, device=like.device))
+        if need and dtype == like.dtype and _rows.values_readable(like):
+            found.append(_memory.empty_like(like))
+        else:
+            found.append(torch.empty(shape, dtype=dtype, device=like.device))
     return tuple(found)
 
 

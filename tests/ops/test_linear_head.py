@@ -68,14 +68,49 @@ def test_tiles_do_not_matter(make: Any, mode: str, each_cpu: str, monkeypatch: A
             close(got, want, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 24, 25, 40])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+)
+@needs_native
+def test_where_the_gradients_of_logits_are_kept_does_not_matter(
+    rows: int, dtypes: Any, monkeypatch: Any
+) -> None:
+    """In the memory of the weight's gradient (H = 8 rows of it), beside it (up to 3 H, bf16), or
+    not at all; and with a softcap, a bias, and tokens that the teacher does not have."""
+    monkeypatch.setattr(_linear_head, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(_linear_head, "TILE_COLUMNS", 7)
+    call = dense(rows, 50)
+    hidden, weight = (x.detach().to(d) for x, d in zip(student(rows, 60), dtypes, strict=True))
+    bias = torch.randn(60)
+    wanted = []
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(_linear_head.Kept, "of", lambda *_: None)
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        loss = call(
+            *leaves[:2], student_bias=leaves[2], student_softcap=5.0, student_logit_scale=1.5,
+            vocab="min", gradient="in_forward",
+        )  # fmt: skip
+        loss.backward()
+        wanted.append((loss.detach(), *(x.grad for x in leaves)))
+    half = dtypes == (torch.bfloat16,) * 2  # dz is rounded where it is kept
+    for got, want in zip(*wanted, strict=True):
+        size = float(want.abs().max())
+        close(got, want, rtol=0.02 if half else 1e-5, atol=(0.01 if half else 1e-6) * size)
+
+
 def test_blocks_are_bounded_in_bytes() -> None:
     assert _linear_head.block_rows(100) == _linear_head.BLOCK_ROWS
     assert _linear_head.block_rows(1 << 20) * (1 << 22) <= _linear_head.BLOCK_BYTES
     assert _linear_head.block_rows(1 << 40) == 1
     for size in (0, 1, 191, 192, 193, 1024):
-        parts = list(_linear_head.spans(size, 192))
-        assert [i for s in parts for i in range(s.start, s.stop)] == list(range(size))
-        assert all(0 < s.stop - s.start <= 192 for s in parts)
+        for unit in (1, 12, 500):
+            parts = list(_linear_head.spans(size, 192, unit))
+            assert [i for s in parts for i in range(s.start, s.stop)] == list(range(size))
+            assert all(0 < s.stop - s.start <= 192 for s in parts)
+            assert len(parts) == -(-size // 192)
+            assert unit != 12 or all((s.stop - s.start) % 12 == 0 for s in parts[:-1])
 
 
 @OPS
