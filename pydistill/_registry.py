@@ -21,7 +21,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,10 +43,12 @@ _libraries = {ns: torch.library.Library(ns, "FRAGMENT") for ns in set(_NAMESPACE
 
 @dataclass(frozen=True)
 class Operator:
-    """A public operator: its name (the stem of its room) and the dtypes its kernels take."""
+    """A public operator: its name (the stem of its room), the dtypes its kernels take and the
+    values of its argument `kind`, if it has one."""
 
     name: str
     dtypes: frozenset[torch.dtype]
+    kinds: tuple[str, ...] = ()
     kernels: list[str] = field(default_factory=list)
 
 
@@ -63,9 +65,9 @@ _ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # what "auto" tries, by 
 OPERATORS: dict[str, Operator] = {}
 
 
-def operator(name: str, dtypes: set[torch.dtype]) -> Operator:
+def operator(name: str, dtypes: set[torch.dtype], kinds: Iterable[str] = ()) -> Operator:
     """Declares an operator; its kernels follow with `kernel`."""
-    OPERATORS[name] = Operator(name, frozenset(dtypes))
+    OPERATORS[name] = Operator(name, frozenset(dtypes), tuple(kinds))
     return OPERATORS[name]
 
 

@@ -7,7 +7,6 @@ Exit codes: 0; 1, a failed self-test or benchmark; 2, a request that cannot be m
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -186,9 +185,7 @@ def _ops(options: argparse.Namespace) -> int:
     found = {
         name: {
             "kernels": list(op.kernels),
-            "kinds": list(
-                getattr(importlib.import_module(f"pydistill.reference.{name}"), "KINDS", ())
-            ),
+            "kinds": list(op.kinds),
             "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in op.dtypes),
             "backends": [b for b in _registry.BACKENDS if _registry.has_kernel(op.kernels[0], b)],
         }

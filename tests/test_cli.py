@@ -1,5 +1,6 @@
 """The command line: exit codes, one JSON document, one sentence for a wrong request."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -69,6 +70,22 @@ def test_ops_lists_kernels_kinds_and_backends(run: Run) -> None:
     code, out, _ = run("ops")
     assert code == 0
     assert "todi" in out
+
+
+def test_ops_lists_the_kinds_that_an_operator_takes(run: Run) -> None:
+    """Its own and none but those; none where it has no such argument."""
+    found = json.loads(run("ops", "--json")[1])
+    taken = {name: parts["kinds"] for name, parts in found.items() if parts["kinds"]}
+    some = ["forward_kl", "reverse_kl", "jsd", "tvd"]
+    assert taken == {
+        "divergence": list(KINDS),
+        "linear_divergence": list(KINDS),
+        "topk_divergence": some,
+        "linear_topk_divergence": some,
+    }
+    operators = {name: getattr(pydistill, name) for name in found if hasattr(pydistill, name)}
+    with_kind = {n for n, f in operators.items() if "kind" in inspect.signature(f).parameters}
+    assert with_kind == set(taken)
 
 
 @pytest.mark.parametrize(

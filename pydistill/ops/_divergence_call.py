@@ -18,7 +18,7 @@ from pydistill.ops._conventions import find_convention
 from pydistill.ops._vocab_parallel import Shard
 from pydistill.reference.divergence import KINDS, Inputs, Options
 
-OP = _registry.operator("divergence", {torch.float32, torch.bfloat16, torch.float16})
+OP = _registry.operator("divergence", {torch.float32, torch.bfloat16, torch.float16}, KINDS)
 
 
 class Call(NamedTuple):

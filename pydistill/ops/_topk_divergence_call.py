@@ -26,7 +26,9 @@ from pydistill.reference.topk_divergence import (
     Options,
 )
 
-OP = _registry.operator("topk_divergence", {torch.float32, torch.bfloat16, torch.float16})
+OP = _registry.operator(
+    "topk_divergence", {torch.float32, torch.bfloat16, torch.float16}, TOPK_KINDS
+)
 
 
 class Call(NamedTuple):

@@ -26,11 +26,11 @@ from pydistill.ops import _rows
 from pydistill.ops import _vocab_parallel as parallel
 from pydistill.ops._divergence_call import RowArguments, common_vocab, row_arguments
 from pydistill.ops._vocab_parallel_divergence import divergence_backward, divergence_forward
-from pydistill.reference.divergence import SAVED, Inputs, Options
+from pydistill.reference.divergence import KINDS, SAVED, Inputs, Options
 from pydistill.reference.linear_divergence import linear_divergence_reference
 from pydistill.reference.linear_head import Head
 
-OP = _registry.operator("linear_divergence", {torch.float32})
+OP = _registry.operator("linear_divergence", {torch.float32}, KINDS)
 
 
 def linear_divergence(

@@ -29,9 +29,9 @@ from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.ops._vocab_parallel_topk_divergence import topk_backward, topk_forward
 from pydistill.reference.linear_head import Head
 from pydistill.reference.linear_topk_divergence import linear_topk_divergence_reference
-from pydistill.reference.topk_divergence import SAVED, STATUS, Inputs, Options
+from pydistill.reference.topk_divergence import SAVED, STATUS, TOPK_KINDS, Inputs, Options
 
-OP = _registry.operator("linear_topk_divergence", {torch.float32})
+OP = _registry.operator("linear_topk_divergence", {torch.float32}, TOPK_KINDS)
 
 
 def linear_topk_divergence(
