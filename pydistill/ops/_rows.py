@@ -9,6 +9,8 @@ row that is not counted.
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +73,14 @@ def row_index(name: str, index: Tensor | None, limit: int, device: torch.device)
                 f"{name} holds {bad}, outside the {limit} rows of the prefix; use 0 to {limit - 1}."
             )
     return index.contiguous()
+
+
+def warn(message: str) -> None:
+    """Warns at the line outside this package that led here."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "pydistill":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:

@@ -7,7 +7,6 @@ the tail is dropped) and the log of its tail mass.
 from __future__ import annotations
 
 import math
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,17 @@ from pydistill.reference.topk_divergence import (
 OP = _registry.operator(
     "topk_divergence", {torch.float32, torch.bfloat16, torch.float16}, TOPK_KINDS
 )
+
+
+class Names(NamedTuple):
+    """What a caller calls the arguments that a message is about."""
+
+    function: str
+    rows: str  # the tensor of the rows' prefix
+    vocab: str  # the one with a token a row or column
+
+
+_NAMES = Names("topk_divergence", "student_logits", "student_logits")
 
 
 class Call(NamedTuple):
@@ -75,7 +85,7 @@ def prepare(
     vocab = vocab if shard is None else shard.total
     rows = row_arguments(
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
-        scale_t2, weight, mask, vocab, shape, student_logits,
+        scale_t2, weight, mask, vocab, shape, student_logits, _NAMES,
     )  # fmt: skip
     student = _rows.flatten(student_logits)
     inputs = Inputs(student, rows.ids, rows.log_p, rows.log_tail, rows.counted, rows.params)
@@ -110,6 +120,7 @@ def row_arguments(
     vocab: int,
     shape: tuple[int, ...],
     like: Tensor,
+    names: Names,
 ) -> RowArguments:
     """Checks what every row of the prefix `shape` is given; `like` has the call's device and
     dtype."""
@@ -127,19 +138,27 @@ def row_arguments(
         )
     if isinstance(topk_logprobs, TopkTeacher):
         given = (topk_ids, tail_logprob, teacher_temperature)
-        teacher = _of_student(topk_logprobs, vocab, given)
+        teacher = _of_student(topk_logprobs, vocab, given, names)
         topk_logprobs, topk_ids = teacher.topk_logprobs, teacher.topk_ids
         tail_logprob = teacher.tail_logprob if tail == "bucket" else None
         teacher_temperature = teacher.temperature
     if teacher_temperature is None:
         teacher_temperature = 1.0
-    log_p = _logprobs(topk_logprobs, shape, device)
-    ids = _ids(topk_ids, topk_logprobs, vocab, device)
+    log_p = _logprobs(topk_logprobs, shape, device, names)
+    ids = _ids(topk_ids, topk_logprobs, vocab, device, names)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     options, params = _parameters(kind, tail, beta, temperature, shape, like)
     options = options._replace(scale_t2=bool(scale_t2))
     log_p, log_tail = _teacher(
-        log_p, ids, tail, tail_logprob, temperature, teacher_temperature, shape, dtype
+        log_p,
+        ids,
+        tail,
+        tail_logprob,
+        temperature,
+        teacher_temperature,
+        shape,
+        dtype,
+        names,
     )
     mask = _rows.row_mask(mask, shape, device)
     weight = _rows.row_weight(weight, shape, device)
@@ -147,27 +166,29 @@ def row_arguments(
     return RowArguments(options, ids, log_p.contiguous(), log_tail, counted, params, weight)
 
 
-def _of_student(teacher: TopkTeacher, vocab: int, given: tuple[object, ...]) -> TopkTeacher:
+def _of_student(
+    teacher: TopkTeacher, vocab: int, given: tuple[object, ...], names: Names
+) -> TopkTeacher:
     """`teacher`, if it comes alone and is over the student's vocabulary."""
     for name, value in zip(("topk_ids", "tail_logprob", "teacher_temperature"), given, strict=True):
         if value is not None:
             raise ValueError(f"{name} is given beside a TopkTeacher, which has its own; drop it.")
     if teacher.vocab_size not in (None, vocab):
         raise ValueError(
-            f"the teacher was recorded over {teacher.vocab_size} tokens, but student_logits has"
+            f"the teacher was recorded over {teacher.vocab_size} tokens, but {names.vocab} has"
             f" {vocab}; they must share the vocabulary. If the ids mean the same and only padding"
             " differs, pass teacher._replace(vocab_size=None)."
         )
     return teacher
 
 
-def _logprobs(x: Tensor, prefix: tuple[int, ...], device: torch.device) -> Tensor:
+def _logprobs(x: Tensor, prefix: tuple[int, ...], device: torch.device, names: Names) -> Tensor:
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"topk_logprobs is {got}; pass floating-point log-probabilities [..., K].")
     if x.ndim == 0 or tuple(x.shape[:-1]) != prefix:
         raise ValueError(
-            f"topk_logprobs has shape {tuple(x.shape)}, student_logits the prefix {prefix}; pass"
+            f"topk_logprobs has shape {tuple(x.shape)}, {names.rows} the prefix {prefix}; pass"
             " [..., K] with the same prefix."
         )
     if x.requires_grad or _rows.has_tangent(x):
@@ -178,7 +199,9 @@ def _logprobs(x: Tensor, prefix: tuple[int, ...], device: torch.device) -> Tenso
     return x.reshape(-1, x.shape[-1])
 
 
-def _ids(ids: Tensor | None, like: Tensor, vocab: int, device: torch.device) -> Tensor:
+def _ids(
+    ids: Tensor | None, like: Tensor, vocab: int, device: torch.device, names: Names
+) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"topk_ids is {got}; pass int64 or int32 token ids (ids.long()).")
@@ -193,7 +216,7 @@ def _ids(ids: Tensor | None, like: Tensor, vocab: int, device: torch.device) -> 
         largest = int(ids.max())
         if largest >= vocab:
             raise ValueError(
-                f"topk_ids holds {largest}, but student_logits has {vocab} tokens; teacher and"
+                f"topk_ids holds {largest}, but {names.vocab} has {vocab} tokens; teacher and"
                 " student must share the vocabulary (-1 marks an empty slot)."
             )
     return ids
@@ -252,6 +275,7 @@ def _teacher(
     teacher_temperature: float,
     shape: tuple[int, ...],
     dtype: torch.dtype,
+    names: Names,
 ) -> tuple[Tensor, Tensor | None]:
     """log p [R, K] and the log of the tail's mass [R], at the call's temperature."""
     _rows.check_range(
@@ -284,11 +308,10 @@ def _teacher(
         return log_p.to(dtype), rows.to(dtype).contiguous()
     mass = log_p.exp().sum(-1)
     if _rows.values_readable(mass) and bool((mass > 1 - 1e-6).any()):
-        warnings.warn(
-            "pydistill.topk_divergence: 1 minus the sum of the teacher's top-k probabilities is"
+        _rows.warn(
+            f"pydistill.{names.function}: 1 minus the sum of the teacher's top-k probabilities is"
             f" below 1e-6 in {int((mass > 1 - 1e-6).sum())} rows, less than rounding of the"
             " log-probabilities leaves; pass the recorded tail_logprob.",
-            stacklevel=6,
         )
     return log_p.to(dtype), torch.log1p(-mass.clamp(max=1)).to(dtype)
 

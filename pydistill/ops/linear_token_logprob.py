@@ -81,7 +81,7 @@ def linear_token_logprob(
     parallel.check(shard, like)
     vocab = weight.shape[0] if shard is None else shard.total
     counted = _rows.row_mask(mask, shape, like.device)
-    rows = row_ids(ids, shape, counted, vocab, like.device)
+    rows = row_ids(ids, shape, counted, vocab, like.device, "hidden", "weight")
     backend = _registry.resolve(OP.name, impl, like.device.type, like.dtype)
     t, params = row_temperature(temperature, shape, like)
     counted = None if counted is None else counted.contiguous()

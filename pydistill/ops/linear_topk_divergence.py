@@ -24,7 +24,12 @@ from pydistill.ops import _linear_autograd as autograd
 from pydistill.ops import _linear_head as linear
 from pydistill.ops import _rows
 from pydistill.ops import _vocab_parallel as parallel
-from pydistill.ops._topk_divergence_call import RowArguments, duplicate_ids, row_arguments
+from pydistill.ops._topk_divergence_call import (
+    Names,
+    RowArguments,
+    duplicate_ids,
+    row_arguments,
+)
 from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.ops._vocab_parallel_topk_divergence import topk_backward, topk_forward
 from pydistill.reference.linear_head import Head
@@ -32,6 +37,7 @@ from pydistill.reference.linear_topk_divergence import linear_topk_divergence_re
 from pydistill.reference.topk_divergence import SAVED, STATUS, TOPK_KINDS, Inputs, Options
 
 OP = _registry.operator("linear_topk_divergence", {torch.float32}, TOPK_KINDS)
+_NAMES = Names("linear_topk_divergence", "student_hidden", "student_weight")
 
 
 def linear_topk_divergence(
@@ -93,7 +99,7 @@ def linear_topk_divergence(
     parallel.check(shard, like)
     vocab = student_weight.shape[0] if shard is None else shard.total
     backend = _registry.resolve(OP.name, impl, like.device.type, like.dtype)
-    rows = row_arguments(*arguments, vocab, shape, like)
+    rows = row_arguments(*arguments, vocab, shape, like, _NAMES)
     call = Call(head, rows, backend, shard)
     if autograd.in_forward(gradient, head, reduction, rows.weight, backend):
         scale = _rows.row_scale(

@@ -143,7 +143,7 @@ def _prepare(
     device, shape = logits.device, tuple(logits.shape[:-1])
     mask = _rows.row_mask(mask, shape, device)
     vocab = logits.shape[-1] if shard is None else shard.total
-    rows = row_ids(ids, shape, mask, vocab, device)
+    rows = row_ids(ids, shape, mask, vocab, device, "logits", "logits")
     backend = _registry.resolve(OP.name, impl, device.type, logits.dtype)
     t, params = row_temperature(temperature, shape, logits)
     counted = None if mask is None else mask.contiguous()
@@ -169,13 +169,17 @@ def row_ids(
     counted: Tensor | None,
     vocab: int,
     device: torch.device,
+    rows_of: str,
+    vocab_of: str,
 ) -> Tensor:
+    """Checked ids `[R]`; the last two are the names of the arguments that have the prefix and the
+    tokens."""
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"ids is {got}; pass int64 or int32 token ids (ids.long()).")
     if tuple(ids.shape) != shape:
         raise ValueError(
-            f"ids has shape {tuple(ids.shape)}, logits the prefix {shape}; pass one token a row."
+            f"ids has shape {tuple(ids.shape)}, {rows_of} the prefix {shape}; pass one token a row."
         )
     _rows.check_device("ids", ids, device)
     ids = ids.reshape(-1).long().contiguous()
@@ -184,8 +188,8 @@ def row_ids(
         wrong = wrong if counted is None else wrong & counted
         if bool(wrong.any()):
             raise ValueError(
-                f"ids holds {int(ids[wrong][0])}, outside the {vocab} tokens of logits; use 0 to"
-                f" {vocab - 1}, and mask=ids != {int(ids[wrong][0])} for rows without a token."
+                f"ids holds {int(ids[wrong][0])}, outside the {vocab} tokens of {vocab_of}; use 0"
+                f" to {vocab - 1}, and mask=ids != {int(ids[wrong][0])} for rows without a token."
             )
     return ids
 

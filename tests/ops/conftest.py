@@ -43,6 +43,18 @@ def kernel_impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return "cpu"
 
 
+@pytest.fixture(params=["reference", "auto"])
+def impl_name(request: pytest.FixtureRequest) -> str:
+    """The reference, and what a caller gets who says nothing."""
+    if request.param == "auto" and not native(request.module.OP):
+        pytest.skip(
+            f"the native library has no kernel of {request.module.OP}: impl='auto' is the"
+            " reference; run `make build`"
+        )
+    chosen: str = request.param
+    return chosen
+
+
 @pytest.fixture(params=_native.supported_capabilities() or ["cpu"])
 def each_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native kernels alone, in each instruction set."""

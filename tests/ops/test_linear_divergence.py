@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from pydistill import _registry, divergence, linear_divergence
+from pydistill import divergence, linear_divergence
 from pydistill.testing import Case, check, expected, load
 
 OP = "linear_divergence"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
 close = torch.testing.assert_close
-HAS_NATIVE = _registry.has_kernel("linear_divergence_fwd", "cpu")
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-@pytest.mark.parametrize("impl_name", ["reference", *(["auto"] if HAS_NATIVE else [])])
 def test_case(case: Case, impl_name: str) -> None:
     report = check(case, impl_name)
     assert report.ok, report.message

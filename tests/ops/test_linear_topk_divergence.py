@@ -6,17 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from pydistill import TopkTeacher, _registry, linear_topk_divergence, topk_divergence
+from pydistill import TopkTeacher, linear_topk_divergence, topk_divergence
 from pydistill.testing import Case, check, expected, load
 
 OP = "linear_topk_divergence"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
 close = torch.testing.assert_close
-HAS_NATIVE = _registry.has_kernel("linear_topk_divergence_fwd", "cpu")
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-@pytest.mark.parametrize("impl_name", ["reference", *(["auto"] if HAS_NATIVE else [])])
 def test_case(case: Case, impl_name: str) -> None:
     report = check(case, impl_name)
     assert report.ok, report.message
@@ -48,7 +46,7 @@ def test_takes_a_topk_teacher(impl: str) -> None:
     want = linear_topk_divergence(hidden, weight, log_p, ids, tail_logprob=tail, impl=impl)
     teacher = TopkTeacher(log_p, ids, tail, vocab_size=40)
     assert torch.equal(linear_topk_divergence(hidden, weight, teacher, impl=impl), want)
-    with pytest.raises(ValueError, match="recorded over 41 tokens"):
+    with pytest.raises(ValueError, match="recorded over 41 tokens, but student_weight has 40"):
         linear_topk_divergence(hidden, weight, teacher._replace(vocab_size=41), impl=impl)
 
 
@@ -61,10 +59,21 @@ def test_wrong_ids(impl: str) -> None:
             linear_topk_divergence(
                 hidden.clone().requires_grad_(), weight, log_p, ids, gradient=mode, impl=impl
             )
-        with pytest.raises(ValueError, match="topk_ids holds 40"):
+        with pytest.raises(ValueError, match="topk_ids holds 40, but student_weight has 40"):
             linear_topk_divergence(
                 hidden, weight, log_p, torch.tensor([[0, 1], [7, 40]]), gradient=mode, impl=impl
             )
+
+
+def test_messages_name_what_was_passed(impl: str) -> None:
+    hidden, weight = torch.randn(2, 8), torch.randn(40, 8)
+    log_p, ids = torch.log_softmax(torch.randn(2, 40), -1).topk(39)
+    with pytest.raises(ValueError, match=r"shape \(1, 39\), student_hidden the prefix \(2,\)"):
+        linear_topk_divergence(hidden, weight, log_p[:1], ids[:1], impl=impl)
+    log_p = log_p - torch.logsumexp(log_p, 1, keepdim=True)  # no tail that is more than rounding
+    with pytest.warns(UserWarning, match=r"pydistill\.linear_topk_divergence: 1 minus") as caught:
+        linear_topk_divergence(hidden, weight, log_p, ids, impl=impl)
+    assert [w.filename for w in caught] == [__file__]
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])

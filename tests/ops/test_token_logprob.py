@@ -18,7 +18,6 @@ from pydistill.testing import Case, check, expected, load
 
 OP = "token_logprob"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
-HAS_NATIVE = _registry.has_kernel("token_logprob_fwd", "cpu")
 close = torch.testing.assert_close
 
 
@@ -54,7 +53,6 @@ def test_gradients_of_the_maths_page() -> None:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-@pytest.mark.parametrize("impl_name", ["reference", *(["auto"] if HAS_NATIVE else [])])
 def test_case(case: Case, impl_name: str) -> None:
     report = check(case, impl_name)
     assert report.ok, report.message

@@ -55,7 +55,6 @@ def test_reference_against_a_sort() -> None:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-@pytest.mark.parametrize("impl_name", ["reference", *(["auto"] if HAS_NATIVE else [])])
 def test_case(case: Case, impl_name: str) -> None:
     report = check(case, impl_name)
     assert report.ok, report.message
