@@ -119,8 +119,7 @@ def _value(options: Options, log_p: Tensor, log_q: Tensor, beta: Tensor) -> tupl
     """D summed over the cells, and whether it is +inf."""
     p, q = log_p.exp(), log_q.exp()
     no_q, no_p = (p > 0) & (log_q == -math.inf), (q > 0) & (log_p == -math.inf)
-    floor = -1e30
-    log_p, log_q = log_p.clamp(min=floor), log_q.clamp(min=floor)
+    log_p, log_q = _floored(log_p), _floored(log_q)
     d = log_p - log_q
     # The terms -p + q cancel where both sides are distributions, and keep the sum from cancelling.
     bregman = 0.0 if options.mode == TRUNCATED else 1.0
@@ -134,6 +133,13 @@ def _value(options: Options, log_p: Tensor, log_q: Tensor, beta: Tensor) -> tupl
         terms = beta * _times(p, log_p - log_m) + (1 - beta) * _times(q, log_q - log_m)
         return terms.sum(-1), never
     return (p - q).abs().sum(-1) / 2, never
+
+
+def _floored(x: Tensor, floor: float = -1e30) -> Tensor:
+    """Logs not below `floor`, which stays finite in every formula; what is lifted to it keeps its
+    slope."""
+    slope = torch.where(x == -math.inf, 0, x)
+    return torch.where(x < floor, floor + (slope - slope.detach()), x)
 
 
 def _masked(x: Tensor, mask: Tensor, other: float) -> Tensor:

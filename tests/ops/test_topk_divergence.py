@@ -567,3 +567,29 @@ def test_opcheck(name: str) -> None:
         "test_aot_dispatch_dynamic",
     )
     torch.library.opcheck(op, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rise", [1e6, 3e38])
+@pytest.mark.parametrize("kind", TOPK_KINDS)
+def test_a_later_block_far_beyond_the_range_of_exp(
+    kind: str, rise: float, dtype: torch.dtype, each_cpu: str
+) -> None:
+    """Sums about the first block's maximum overflow; the row is finite all the same. (No
+    log-probability counts as less than -1e30. On the support, forward's difference of two logs
+    in fp64 keeps the digits of the tail's sum up to a rise of about 1e15.)"""
+    student = (0.1 * torch.randn(4, 5000)).to(dtype)
+    log_p, ids, tail = teacher(4, 5000, 8)
+    assert not torch.isin(ids[:2], torch.tensor([3500, 4999])).any()
+    student[0, 3500] = student[1, 4999] = rise
+    student[2, 3500] = 1e6
+    ids[2, 0] = torch.where((ids[2] == 3500).any(), ids[2, 0], 3500)
+    exact, leaf = student.double().requires_grad_(), student.clone().requires_grad_()
+    options: dict[str, Any] = {"reduction": "none"}
+    want = topk_divergence(exact, log_p, ids, kind, tail_logprob=tail, impl="reference", **options)
+    options |= {"tail_logprob": tail.float(), "impl": each_cpu}
+    got = topk_divergence(leaf, log_p.float(), ids, kind, **options)
+    close(got.double(), want.detach(), rtol=1e-5, atol=1e-6)
+    slope, grad = (torch.autograd.grad(x.sum(), of)[0] for x, of in ((want, exact), (got, leaf)))
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8
+    close(grad.double(), slope, rtol=rounding, atol=1e-6)
