@@ -137,14 +137,9 @@ def row_arguments(
     rule = find_convention(convention, kind)
     kind, alpha, beta, scale_t2 = rule.apply(kind, alpha, beta, scale_t2)
     options, params = _parameters(kind, temperature, alpha, beta, shape, like)
-    label_weight, z_loss = _number("label_weight", label_weight), _number("z_loss", z_loss)
-    if not 0.0 <= label_weight <= 1.0:
-        raise ValueError(
-            f"label_weight={label_weight} is outside [0, 1]; it is the share of cross-entropy."
-        )
-    if label_weight > 0.0 and labels is None:
-        raise ValueError(f"label_weight={label_weight} needs labels; pass int64 labels, one a row.")
-    labels = _labels(labels, ignore_index, vocab_size, shape, device)
+    labels, label_weight, z_loss = hard_arguments(
+        labels, label_weight, ignore_index, z_loss, vocab_size, shape, device
+    )
     mask = _rows.row_mask(mask, shape, device)
     weight = _rows.row_weight(weight, shape, device)
     counted = _rows.counted_rows(mask, weight, labels, ignore_index)
@@ -153,6 +148,26 @@ def row_arguments(
     )
     labels = labels if label_weight > 0.0 else None
     return RowArguments(options, counted, labels, params, weight, rule.soft_cross_entropy)
+
+
+def hard_arguments(
+    labels: Tensor | None,
+    label_weight: float,
+    ignore_index: int,
+    z_loss: float,
+    vocab_size: int,
+    shape: tuple[int, ...],
+    device: torch.device,
+) -> tuple[Tensor | None, float, float]:
+    """Checked labels `[R]`, label_weight and z_loss."""
+    label_weight, z_loss = _number("label_weight", label_weight), _number("z_loss", z_loss)
+    if not 0.0 <= label_weight <= 1.0:
+        raise ValueError(
+            f"label_weight={label_weight} is outside [0, 1]; it is the share of cross-entropy."
+        )
+    if label_weight > 0.0 and labels is None:
+        raise ValueError(f"label_weight={label_weight} needs labels; pass int64 labels, one a row.")
+    return _labels(labels, ignore_index, vocab_size, shape, device), label_weight, z_loss
 
 
 def _number(name: str, value: object) -> float:

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from pydistill import _registry
 from pydistill.ops import _rows
+from pydistill.ops._divergence_call import hard_arguments
 from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.ops._vocab_parallel import Shard
 from pydistill.reference.divergence import KINDS
+from pydistill.reference.hard_terms import Hard
 from pydistill.reference.topk_divergence import (
     TAILS,
     TOPK_KINDS,
@@ -52,6 +54,7 @@ class Call(NamedTuple):
     reduction: str
     denominator: float | Tensor | None
     shard: Shard | None
+    hard: Hard | None = None
 
     def reduce(self, loss: Tensor) -> Tensor:
         return _rows.reduce_rows(
@@ -72,6 +75,10 @@ def prepare(
     scale_t2: bool,
     weight: Tensor | None,
     mask: Tensor | None,
+    labels: Tensor | None,
+    label_weight: float,
+    ignore_index: int,
+    z_loss: float,
     reduction: str,
     denominator: float | Tensor | None,
     impl: str,
@@ -85,11 +92,14 @@ def prepare(
     vocab = vocab if shard is None else shard.total
     rows = row_arguments(
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
-        scale_t2, weight, mask, vocab, shape, student_logits, _NAMES,
+        scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, vocab, shape,
+        student_logits, _NAMES,
     )  # fmt: skip
     student = _rows.flatten(student_logits)
     inputs = Inputs(student, rows.ids, rows.log_p, rows.log_tail, rows.counted, rows.params)
-    return Call(inputs, rows.options, backend, shape, rows.weight, reduction, denominator, shard)
+    return Call(
+        inputs, rows.options, backend, shape, rows.weight, reduction, denominator, shard, rows.hard
+    )
 
 
 class RowArguments(NamedTuple):
@@ -103,6 +113,7 @@ class RowArguments(NamedTuple):
     counted: Tensor | None
     params: Tensor | None
     weight: Tensor | None
+    hard: Hard | None = None
 
 
 def row_arguments(
@@ -117,6 +128,10 @@ def row_arguments(
     scale_t2: bool,
     weight: Tensor | None,
     mask: Tensor | None,
+    labels: Tensor | None,
+    label_weight: float,
+    ignore_index: int,
+    z_loss: float,
     vocab: int,
     shape: tuple[int, ...],
     like: Tensor,
@@ -162,8 +177,14 @@ def row_arguments(
     )
     mask = _rows.row_mask(mask, shape, device)
     weight = _rows.row_weight(weight, shape, device)
-    counted = _rows.counted_rows(mask, weight, None, 0)
-    return RowArguments(options, ids, log_p.contiguous(), log_tail, counted, params, weight)
+    labels, label_weight, z_loss = hard_arguments(
+        labels, label_weight, ignore_index, z_loss, vocab, shape, device
+    )
+    counted = _rows.counted_rows(mask, weight, labels, ignore_index)
+    hard = None
+    if label_weight or z_loss:
+        hard = Hard(labels if label_weight else None, label_weight, z_loss)
+    return RowArguments(options, ids, log_p.contiguous(), log_tail, counted, params, weight, hard)
 
 
 def _of_student(

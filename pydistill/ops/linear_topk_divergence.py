@@ -24,6 +24,8 @@ from pydistill.ops import _linear_autograd as autograd
 from pydistill.ops import _linear_head as linear
 from pydistill.ops import _rows
 from pydistill.ops import _vocab_parallel as parallel
+from pydistill.ops._hard_terms import SAVED as HARD_SAVED
+from pydistill.ops._hard_terms import HardRows
 from pydistill.ops._topk_divergence_call import (
     Names,
     RowArguments,
@@ -32,6 +34,7 @@ from pydistill.ops._topk_divergence_call import (
 )
 from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.ops._vocab_parallel_topk_divergence import topk_backward, topk_forward
+from pydistill.reference.hard_terms import Hard
 from pydistill.reference.linear_head import Head
 from pydistill.reference.linear_topk_divergence import linear_topk_divergence_reference
 from pydistill.reference.topk_divergence import SAVED, STATUS, TOPK_KINDS, Inputs, Options
@@ -58,6 +61,10 @@ def linear_topk_divergence(
     scale_t2: bool = False,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     gradient: str = "recompute",
@@ -71,7 +78,8 @@ def linear_topk_divergence(
         student_hidden, student_weight, student_bias, student_logit_scale, student_softcap,
         gradient, group: as in `pydistill.linear_divergence`.
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
-        scale_t2, weight, mask, reduction, denominator, impl: as in `pydistill.topk_divergence`.
+        scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, reduction, denominator,
+        impl: as in `pydistill.topk_divergence`; labels and z-loss cost no further product.
 
     Returns:
         A scalar, or the prefix's shape for reduction="none"; fp32, or fp64 for fp64 tensors.
@@ -84,7 +92,7 @@ def linear_topk_divergence(
     numbers = (student_logit_scale, student_softcap)
     arguments = (
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
-        scale_t2, weight, mask,
+        scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss,
     )  # fmt: skip
     shard = parallel.find(
         group, 0, (student_weight, student_bias),
@@ -123,19 +131,25 @@ class Call(NamedTuple):
     shard: parallel.Shard | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.rows.ids, self.rows.log_p, self.rows.log_tail, self.rows.params)
+        labels = None if self.rows.hard is None else self.rows.hard.labels
+        return (self.rows.ids, self.rows.log_p, self.rows.log_tail, self.rows.params, labels)
 
     def numbers(self) -> tuple[Any, ...]:
-        return (*self.head[3:], *self.rows.options)
+        hard = self.rows.hard or Hard(None, 0.0, 0.0)
+        return (*self.head[3:], *self.rows.options, hard.label_weight, hard.z_loss)
+
+    def saved(self) -> int:
+        """Statistics a row: those of the divergence, then those of the hard terms."""
+        return SAVED + (0 if self.rows.hard is None else HARD_SAVED)
 
 
 _TENSORS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor? counted, Tensor ids, Tensor log_p, Tensor?"
-    " log_tail, Tensor? params"
+    " log_tail, Tensor? params, Tensor? labels"
 )
 _NUMBERS = (
     "float scale, float softcap, int kind, int tail_mode, float temperature, float beta, bool"
-    " scale_t2"
+    " scale_t2, float label_weight, float z_loss"
 )
 _GRADIENTS = "Tensor(a!) grad_hidden, Tensor(b!) grad_weight, Tensor(c!) grad_bias"
 
@@ -147,19 +161,30 @@ def _call(
     shard: parallel.Shard | None = None,
 ) -> Call:
     """The call that a kernel was given."""
-    counted, ids, log_p, log_tail, params = tensors[3:]
-    rows = RowArguments(Options(*numbers[2:]), ids, log_p, log_tail, counted, params, None)
+    counted, ids, log_p, log_tail, params, labels = tensors[3:]
+    options, hard = Options(*numbers[2:7]), Hard(labels, *numbers[7:])
+    rows = RowArguments(
+        options, ids, log_p, log_tail, counted, params, None,
+        hard if hard.label_weight or hard.z_loss else None,
+    )  # fmt: skip
     return Call(Head(*tensors[:3], *numbers[:2]), rows, backend, shard)
 
 
 def _reference_rows(head: Head, rows: RowArguments) -> tuple[Tensor, Tensor]:
     return linear_topk_divergence_reference(
-        head, rows.ids, rows.log_p, rows.log_tail, rows.counted, rows.params, rows.options
+        head,
+        rows.ids,
+        rows.log_p,
+        rows.log_tail,
+        rows.counted,
+        rows.params,
+        rows.options,
+        rows.hard,
     )
 
 
 def _forward_reference(*args: Any) -> None:
-    call, (loss, saved) = _call(args[:8], args[8:15], "reference"), args[15:]
+    call, (loss, saved) = _call(args[:9], args[9:18], "reference"), args[18:]
     with torch.no_grad():
         row_loss, status = _reference_rows(call.head, call.rows)
     loss.copy_(row_loss)
@@ -168,14 +193,14 @@ def _forward_reference(*args: Any) -> None:
 
 
 def _backward_reference(*args: Any) -> None:
-    grad_rows, out = args[9], linear.wanted(*args[17:])
-    call = _call(args[:8], args[10:17], "reference")
+    grad_rows, out = args[10], linear.wanted(*args[20:])
+    call = _call(args[:9], args[11:20], "reference")
     rows = call.rows._replace(counted=grad_rows != 0)
     linear.reference_gradients(call.head, lambda h: _reference_rows(h, rows)[:1], [grad_rows], out)
 
 
 def _gradients_reference(*args: Any) -> None:
-    tensors, scale_rows, numbers, (loss, *grads) = args[:8], args[8], args[9:16], args[16:]
+    tensors, scale_rows, numbers, (loss, *grads) = args[:9], args[9], args[10:19], args[19:]
     saved = loss.new_empty((loss.shape[0], SAVED))
     _forward_reference(*tensors, *numbers, loss, saved)
     _backward_reference(*tensors, saved, scale_rows, *numbers, *grads)
@@ -235,40 +260,90 @@ class _Rows:
         return (self.ids[rows], self.log_p[rows], log_tail), params
 
 
+class _RowsWithHard:
+    """`_Rows` with labels or z-loss: both are taken of a tile of logits while it is there."""
+
+    def __init__(self, call: Call, hard: Hard, index: Tensor | None, **tensors: Tensor) -> None:
+        self.hard = HardRows(hard, call.backend, call.shard)
+        self.labels = linear.select_optional(hard.labels, index)
+        self.share, self.tensors = 1 - hard.label_weight, tensors
+        soft, self.saved = (x.contiguous() for x in tensors["saved"].split([SAVED, HARD_SAVED], 1))
+        others = {**tensors, "saved": soft}
+        if "upstream" in tensors:
+            others["upstream"] = self.share * tensors["upstream"]
+        self.soft = _Rows(call, index, **others)
+
+    def forward(self, logits: Tensor, rows: slice) -> None:
+        found, self.saved[rows] = self.hard.forward(logits, self._labels(rows))
+        self.soft.forward(logits, rows)
+        self._add(found, rows)
+        saved = (self.soft.tensors["saved"][rows], self.saved[rows])
+        self.tensors["saved"][rows] = torch.cat(saved, 1)
+
+    def backward(self, logits: Tensor, rows: slice, columns: slice) -> None:
+        grad = self._gradient(logits, rows, columns)
+        self.soft.backward(logits, rows, columns)
+        logits += grad
+
+    def overwrite(self, logits: Tensor, rows: slice) -> None:
+        found, self.saved[rows] = self.hard.forward(logits, self._labels(rows))
+        grad = self._gradient(logits, rows, slice(0, logits.shape[1]))
+        self.soft.overwrite(logits, rows)
+        self._add(found, rows)
+        logits += grad
+
+    def _labels(self, rows: slice) -> Tensor | None:
+        return None if self.labels is None else self.labels[rows]
+
+    def _gradient(self, logits: Tensor, rows: slice, columns: slice) -> Tensor:
+        upstream = self.tensors["upstream"][rows]
+        return self.hard.backward(logits, self._labels(rows), self.saved[rows], upstream, columns)
+
+    def _add(self, found: Tensor, rows: slice) -> None:
+        self.tensors["loss"][rows] = self.share * self.tensors["loss"][rows] + found
+
+
+def _rows_of(call: Call, index: Tensor | None, **tensors: Tensor) -> _Rows | _RowsWithHard:
+    hard = call.rows.hard
+    if hard is None:
+        return _Rows(call, index, **tensors)
+    return _RowsWithHard(call, hard, index, **tensors)
+
+
 def _tiles(call: Call, index: Tensor | None) -> linear.Tiles:
     head = call.head._replace(hidden=linear.select(call.head.hidden, index))
     return linear.Tiles(head, head.weight.shape[0], call.shard and call.shard.widest)
 
 
 def _forward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
-    call, (loss, saved) = _call(args[:8], args[8:15], backend, shard), args[15:]
+    call, (loss, saved) = _call(args[:9], args[9:18], backend, shard), args[18:]
     with linear.plain(loss):
         index = linear.rows_where(call.rows.counted)
         part = linear.Selected(index, loss, saved)
-        rows = _Rows(call, index, loss=part.rows[0], saved=part.rows[1])
+        rows = _rows_of(call, index, loss=part.rows[0], saved=part.rows[1])
         linear.forward(_tiles(call, index), rows)
         part.put()
 
 
 def _backward_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
-    call, out = _call(args[:8], args[10:17], backend, shard), linear.wanted(*args[17:])
-    with linear.plain(args[8]):
-        index = linear.rows_where(args[9] != 0)
+    call, out = _call(args[:9], args[11:20], backend, shard), linear.wanted(*args[20:])
+    with linear.plain(args[9]):
+        index = linear.rows_where(args[10] != 0)
         part = linear.Selected(index, out.hidden)
-        saved, upstream = (linear.select(x, index) for x in args[8:10])
-        rows = _Rows(call, index, saved=saved, upstream=upstream)
+        saved, upstream = (linear.select(x, index) for x in args[9:11])
+        rows = _rows_of(call, index, saved=saved, upstream=upstream)
         linear.backward(_tiles(call, index), rows, out._replace(hidden=part.rows[0]))
         part.put()
 
 
 def _gradients_run(backend: str, *args: Any, shard: parallel.Shard | None = None) -> None:
-    call, out = _call(args[:8], args[9:16], backend, shard), linear.wanted(*args[17:])
-    with linear.plain(args[8]):
+    call, out = _call(args[:9], args[10:19], backend, shard), linear.wanted(*args[20:])
+    with linear.plain(args[9]):
         index = linear.rows_where(call.rows.counted)
-        part = linear.Selected(index, args[16], out.hidden)
-        loss, upstream = part.rows[0], linear.select(args[8], index)
-        saved = loss.new_empty((loss.shape[0], SAVED))
-        rows = _Rows(call, index, loss=loss, saved=saved, upstream=upstream)
+        part = linear.Selected(index, args[19], out.hidden)
+        loss, upstream = part.rows[0], linear.select(args[9], index)
+        saved = loss.new_empty((loss.shape[0], call.saved()))
+        rows = _rows_of(call, index, loss=loss, saved=saved, upstream=upstream)
         linear.forward_backward(_tiles(call, index), rows, out._replace(hidden=part.rows[1]))
         part.put()
 
@@ -306,7 +381,7 @@ def _loss_rows(call: Call) -> Tensor:
         return _reference_rows(call.head, call.rows)[0]
     return autograd.rows(
         call.head, call.rows.counted, call.tensors(), call.numbers(), name=OP.name, outputs=1,
-        saved=SAVED, backend=call.backend, shard=call.shard,
+        saved=call.saved(), backend=call.backend, shard=call.shard,
     )[0]  # fmt: skip
 
 

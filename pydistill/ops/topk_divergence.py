@@ -29,6 +29,7 @@ from torch.autograd import forward_ad
 from pydistill import _registry
 from pydistill.ops import _memory, _rows
 from pydistill.ops import _vocab_parallel as parallel
+from pydistill.ops._hard_terms import hard_rows, hard_rows_jvp, refuse
 from pydistill.ops._topk_divergence_call import OP, Call, duplicate_ids, prepare
 from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.ops._vocab_parallel_topk_divergence import (
@@ -36,6 +37,7 @@ from pydistill.ops._vocab_parallel_topk_divergence import (
     topk_backward,
     topk_forward,
 )
+from pydistill.reference.hard_terms import add_hard_terms
 from pydistill.reference.topk_divergence import (
     ID_TWICE,
     SAVED,
@@ -61,6 +63,10 @@ def topk_divergence(
     scale_t2: bool = False,
     weight: Tensor | None = None,
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
     overwrite_logits: bool = False,
@@ -89,8 +95,10 @@ def topk_divergence(
         teacher_temperature: at which the log-probabilities were recorded; None is 1. "renormalize"
             and "zero" bring them to `temperature`; "bucket" and "truncate", whose tail mass would
             be unknown, raise unless the two are equal.
-        scale_t2, weight, mask, reduction, denominator, overwrite_logits, group, impl: as in
-            `pydistill.divergence`.
+        scale_t2, weight, mask, reduction, denominator, group, impl: as in `pydistill.divergence`.
+        labels, label_weight, ignore_index, z_loss: as in `pydistill.divergence`; a label_weight or
+            z_loss that is not 0 reads the logits once more in each direction.
+        overwrite_logits: as in `pydistill.divergence`; not with label_weight or z_loss.
 
     Returns:
         A scalar, or the prefix's shape for reduction="none"; fp32, or fp64 for fp64 logits. The
@@ -105,11 +113,14 @@ def topk_divergence(
     """
     arguments = (
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
-        scale_t2, weight, mask, reduction, denominator, impl,
+        scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, reduction, denominator,
+        impl,
     )  # fmt: skip
     shard = parallel.find(group, -1, (student_logits,), (*arguments, overwrite_logits))
     parallel.check(shard, student_logits, overwrite_logits)
     call = prepare(student_logits, *arguments, shard)
+    if overwrite_logits:
+        refuse(call.hard, "overwrite_logits=True", "overwrite_logits=False")
     if overwrite_logits and torch.is_grad_enabled() and student_logits.requires_grad:
         return _overwrite(call, student_logits)
     return call.reduce(_loss_rows(call))
@@ -211,6 +222,17 @@ def _check_status(inputs: Inputs, status: Tensor) -> None:
 
 def _loss_rows(call: Call) -> Tensor:
     """Row losses `[R]`, differentiable in the student's logits."""
+    loss, hard, inputs = _divergence_rows(call), call.hard, call.inputs
+    if hard is None:
+        return loss
+    if call.backend == "reference" and call.shard is None:
+        return add_hard_terms(loss, inputs.student, inputs.counted, hard)
+    found = hard_rows(inputs.student, inputs.counted, hard, call.backend, call.shard)
+    return (1 - hard.label_weight) * loss + found
+
+
+def _divergence_rows(call: Call) -> Tensor:
+    """`_loss_rows` without labels and z-loss."""
     inputs, options = call.inputs, call.options
     if call.shard is not None:
         op = _parallel_op(call, call.shard)
@@ -419,7 +441,12 @@ def _tangent_rows(call: Call, student_tangent: Tensor) -> tuple[Tensor, Tensor]:
         return loss.detach(), tangent
     loss = _loss_rows(call)
     _, saved = _forward(inputs, options, call.backend)
-    return loss, _tangent(inputs, saved, student_tangent, options, call.backend)
+    tangent = _tangent(inputs, saved, student_tangent, options, call.backend)
+    if call.hard is not None:
+        arguments = (inputs.counted, call.hard, call.backend)
+        found = hard_rows_jvp(inputs.student, student_tangent, *arguments)
+        tangent = (1 - call.hard.label_weight) * tangent + found
+    return loss, tangent
 
 
 class _TopkDivergenceOverwrite(torch.autograd.Function):

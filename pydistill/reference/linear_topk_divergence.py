@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pydistill.reference.hard_terms import Hard, add_hard_terms
 from pydistill.reference.linear_head import Head, head_logits
 from pydistill.reference.topk_divergence import Inputs, Options, topk_divergence_reference
 
@@ -16,7 +17,10 @@ def linear_topk_divergence_reference(
     counted: Tensor | None,
     params: Tensor | None,
     options: Options,
+    hard: Hard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Row losses `[R]`, differentiable in hidden states, weight and bias, and the rows' STATUS."""
-    inputs = Inputs(head_logits(head, counted), ids, log_p, log_tail, counted, params)
-    return topk_divergence_reference(inputs, options)
+    logits = head_logits(head, counted)
+    inputs = Inputs(logits, ids, log_p, log_tail, counted, params)
+    loss, status = topk_divergence_reference(inputs, options)
+    return loss if hard is None else add_hard_terms(loss, logits, counted, hard), status

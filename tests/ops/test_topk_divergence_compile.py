@@ -49,6 +49,20 @@ def test_fullgraph(tail: str, impl: str) -> None:
     close(*(torch.autograd.grad(x, student)[0] for x in (got, want)))
 
 
+def test_labels_and_z_loss(impl: str) -> None:
+    log_p, ids = teacher(5)
+    labels = torch.tensor([3, -100, 40, 11])  # not read under compile: its row is NaN
+    options = {"label_weight": 0.3, "z_loss": 1e-2, "reduction": "none", "impl": impl}
+    f = lambda s, y: topk_divergence(s, log_p, ids, labels=y, **options)  # noqa: E731
+    student = torch.randn(4, 19, requires_grad=True)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(student, labels)
+    (grad,) = torch.autograd.grad(got.sum(), student)
+    want = f(student, torch.where(labels == 40, -100, labels))
+    (slope,) = torch.autograd.grad(want.sum(), student)
+    assert got.isnan().tolist() == grad.isnan().all(1).tolist() == [False, False, True, False]
+    close(got[[0, 1, 3]], want[[0, 1, 3]]), close(grad[[0, 1, 3]], slope[[0, 1, 3]])
+
+
 def test_wrong_ids_make_their_row_nan(impl: str) -> None:
     ids = torch.tensor([[0, 1], [2, 2], [3, 40], [4, 5]])
     f = lambda s: topk_divergence(  # noqa: E731

@@ -94,14 +94,16 @@ def linear_divergence(ranks: Ranks, gradient: str, kind: str) -> None:
 @check(*itertools.product(GRADIENTS, ("bucket", "truncate")))
 def linear_topk_divergence(ranks: Ranks, gradient: str, tail: str) -> None:
     log_p, ids = supports(ranks, torch.randn(ROWS, VOCAB))
+    hard = {"labels": token_ids(ranks), "label_weight": 0.2, "z_loss": 1e-3}
+    for more in ({}, hard):
 
-    def call(h: Heads, **given: Any) -> Tensor:
-        return pydistill.linear_topk_divergence(
-            h.hidden, h.weight, log_p, ids, "jsd", tail=tail, student_bias=h.bias, mask=MASK,
-            gradient=gradient, reduction="sum", **given,
-        )  # fmt: skip
+        def call(h: Heads, more: Any = more, **given: Any) -> Tensor:
+            return pydistill.linear_topk_divergence(
+                h.hidden, h.weight, log_p, ids, "jsd", tail=tail, student_bias=h.bias, mask=MASK,
+                gradient=gradient, reduction="sum", **more, **given,
+            )  # fmt: skip
 
-    compare_heads(ranks, call, heads())
+        compare_heads(ranks, call, heads())
 
 
 @check()

@@ -190,6 +190,9 @@ def topk_divergence(ranks: Ranks, kind: str, tail: str) -> None:
         variants.append({"temperature": torch.rand(ROWS) + 0.5, "scale_t2": True})
     if kind == "jsd":
         variants.append({"beta": torch.rand(ROWS) * 0.8 + 0.1})
+        labels = token_ids(ranks)
+        labels[-1] = -100
+        variants.append({"labels": labels, "label_weight": 0.3, "z_loss": 1e-3})
     for variant in variants:
 
         def call(s: Tensor, _: slice, variant: Any = variant, **given: Any) -> Tensor:
