@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pydistill import _native as _native
 from pydistill.ops._conventions import CONVENTIONS as CONVENTIONS
+from pydistill.ops._topk_conventions import TOPK_CONVENTIONS as TOPK_CONVENTIONS
 from pydistill.ops._topk_teacher import TopkTeacher as TopkTeacher
 from pydistill.ops.cache_decode import cache_decode as cache_decode
 from pydistill.ops.divergence import DivergenceStats as DivergenceStats

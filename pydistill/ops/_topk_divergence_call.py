@@ -15,6 +15,7 @@ from torch import Tensor
 from pydistill import _registry
 from pydistill.ops import _rows
 from pydistill.ops._divergence_call import hard_arguments
+from pydistill.ops._topk_conventions import read_convention
 from pydistill.ops._topk_teacher import TopkTeacher
 from pydistill.ops._vocab_parallel import Shard
 from pydistill.reference.divergence import KINDS
@@ -67,7 +68,7 @@ def prepare(
     topk_logprobs: Tensor | TopkTeacher,
     topk_ids: Tensor | None,
     kind: str,
-    tail: str,
+    tail: str | None,
     tail_logprob: Tensor | None,
     beta: float | Tensor | None,
     temperature: float | Tensor,
@@ -81,6 +82,7 @@ def prepare(
     z_loss: float,
     reduction: str,
     denominator: float | Tensor | None,
+    convention: str | None,
     impl: str,
     shard: Shard | None = None,
 ) -> Call:
@@ -92,8 +94,8 @@ def prepare(
     vocab = vocab if shard is None else shard.total
     rows = row_arguments(
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
-        scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, vocab, shape,
-        student_logits, _NAMES,
+        scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, convention,
+        vocab, shape, student_logits, _NAMES,
     )  # fmt: skip
     student = _rows.flatten(student_logits)
     inputs = Inputs(student, rows.ids, rows.log_p, rows.log_tail, rows.counted, rows.params)
@@ -120,7 +122,7 @@ def row_arguments(
     topk_logprobs: Tensor | TopkTeacher,
     topk_ids: Tensor | None,
     kind: str,
-    tail: str,
+    tail: str | None,
     tail_logprob: Tensor | None,
     beta: float | Tensor | None,
     temperature: float | Tensor,
@@ -132,6 +134,7 @@ def row_arguments(
     label_weight: float,
     ignore_index: int,
     z_loss: float,
+    convention: str | None,
     vocab: int,
     shape: tuple[int, ...],
     like: Tensor,
@@ -144,6 +147,9 @@ def row_arguments(
         raise ValueError(
             f"kind={kind!r} is not defined on a support; use one of {', '.join(TOPK_KINDS)}."
         )
+    kind, tail, beta, scale_t2 = read_convention(
+        convention, kind, tail, beta, temperature, scale_t2
+    )
     if tail not in TAILS:
         raise ValueError(f"tail={tail!r} is not known; use one of {', '.join(TAILS)}.")
     if tail == "zero" and kind == "reverse_kl":

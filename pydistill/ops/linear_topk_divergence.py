@@ -53,7 +53,7 @@ def linear_topk_divergence(
     student_bias: Tensor | None = None,
     student_logit_scale: float = 1.0,
     student_softcap: float | None = None,
-    tail: str = "bucket",
+    tail: str | None = None,
     tail_logprob: Tensor | None = None,
     beta: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -67,6 +67,7 @@ def linear_topk_divergence(
     z_loss: float = 0.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    convention: str | None = None,
     gradient: str = "recompute",
     group: Any = None,
     impl: str = "auto",
@@ -79,7 +80,8 @@ def linear_topk_divergence(
         gradient, group: as in `pydistill.linear_divergence`.
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
         scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, reduction, denominator,
-        impl: as in `pydistill.topk_divergence`; labels and z-loss cost no further product.
+        convention, impl: as in `pydistill.topk_divergence`; labels and z-loss cost no further
+        product.
 
     Returns:
         A scalar, or the prefix's shape for reduction="none"; fp32, or fp64 for fp64 tensors.
@@ -93,6 +95,7 @@ def linear_topk_divergence(
     arguments = (
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
         scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss,
+        convention,
     )  # fmt: skip
     shard = parallel.find(
         group, 0, (student_weight, student_bias),

@@ -55,7 +55,7 @@ def topk_divergence(
     topk_ids: Tensor | None = None,
     kind: str = "forward_kl",
     *,
-    tail: str = "bucket",
+    tail: str | None = None,
     tail_logprob: Tensor | None = None,
     beta: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -69,6 +69,7 @@ def topk_divergence(
     z_loss: float = 0.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    convention: str | None = None,
     overwrite_logits: bool = False,
     group: Any = None,
     impl: str = "auto",
@@ -86,7 +87,8 @@ def topk_divergence(
         topk_ids: int64 or int32 `[..., K]`, the tokens, in any order, each at most once a row; a
             negative id marks an empty slot, whose log-probability is not read.
         kind: "forward_kl", "reverse_kl", "jsd" or "tvd", as in `pydistill.divergence`.
-        tail: what tokens outside the support count: "bucket", "renormalize", "truncate" or "zero".
+        tail: what tokens outside the support count: "bucket", "renormalize", "truncate" or "zero";
+            None is the convention's, or "bucket".
         tail_logprob: log of the teacher's mass outside the support, one a row, for "bucket". None
             computes it as log(1 - sum p) in fp64, and warns where that is below 1e-6 and therefore
             mostly rounding.
@@ -98,6 +100,8 @@ def topk_divergence(
         scale_t2, weight, mask, reduction, denominator, group, impl: as in `pydistill.divergence`.
         labels, label_weight, ignore_index, z_loss: as in `pydistill.divergence`; a label_weight or
             z_loss that is not 0 reads the logits once more in each direction.
+        convention: reproduces another project's value and gradient, see
+            `pydistill.TOPK_CONVENTIONS`.
         overwrite_logits: as in `pydistill.divergence`; not with label_weight or z_loss.
 
     Returns:
@@ -114,7 +118,7 @@ def topk_divergence(
     arguments = (
         topk_logprobs, topk_ids, kind, tail, tail_logprob, beta, temperature, teacher_temperature,
         scale_t2, weight, mask, labels, label_weight, ignore_index, z_loss, reduction, denominator,
-        impl,
+        convention, impl,
     )  # fmt: skip
     shard = parallel.find(group, -1, (student_logits,), (*arguments, overwrite_logits))
     parallel.check(shard, student_logits, overwrite_logits)
