@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydistill import _native, _registry, linear_divergence, linear_topk_divergence
+from pydistill import (
+    _native,
+    _registry,
+    linear_divergence,
+    linear_token_logprob,
+    linear_topk_divergence,
+)
 from pydistill.ops import _linear_head
-from pydistill.reference.divergence import KINDS, SAVED
+from pydistill.reference import divergence as dense_rows
+from pydistill.reference import token_logprob as token_rows
+from pydistill.reference import topk_divergence as sparse_rows
+from pydistill.reference.divergence import KINDS
 
 OP = "linear_divergence"
 close = torch.testing.assert_close
@@ -36,7 +45,30 @@ def sparse(rows: int, v: int, h: int = 8) -> Call:
     return partial(linear_topk_divergence, topk_logprobs=log_p, topk_ids=ids, kind="reverse_kl")
 
 
-OPS = pytest.mark.parametrize("make", [dense, sparse])
+def token(rows: int, v: int, h: int = 8) -> Call:
+    """Both outputs of `linear_token_logprob` in one loss."""
+    ids = torch.randint(0, v, (rows,))
+
+    def call(
+        hidden: Tensor, weight: Tensor, /, reduction: str = "mean", gradient: str = "recompute",
+        **more: Any,
+    ) -> Tensor:  # fmt: skip
+        assert gradient == "recompute"
+        found = linear_token_logprob(hidden, weight, ids, **more)
+        loss = 0.3 * found.entropy - found.logprob
+        return loss if reduction == "none" else loss.mean()
+
+    return call
+
+
+OPS = pytest.mark.parametrize("make", [dense, sparse, token])
+DIVERGENCES = pytest.mark.parametrize("make", [dense, sparse])
+# An operator of two outputs a row has no gradient in forward.
+WAYS = pytest.mark.parametrize(
+    ("make", "mode"),
+    [(m, way) for m in (dense, sparse) for way in ("recompute", "in_forward")]
+    + [(token, "recompute")],
+)
 needs_native = pytest.mark.skipif(
     not _native.available(), reason="the definition has derivatives of any order"
 )
@@ -51,8 +83,7 @@ def student(
     )
 
 
-@OPS
-@pytest.mark.parametrize("mode", ["recompute", "in_forward"])
+@WAYS
 def test_tiles_do_not_matter(make: Any, mode: str, each_cpu: str, monkeypatch: Any) -> None:
     call, (hidden, weight) = make(13, 100), student(13, 100)
     mask = torch.arange(13) % 5 != 2
@@ -128,7 +159,7 @@ def test_any_upstream_and_a_second_backward(make: Any, impl: str) -> None:
     close(first[1], torch.stack(parts).sum(0), rtol=1e-5, atol=1e-6)
 
 
-@OPS
+@DIVERGENCES
 def test_in_forward_is_for_one_backward(make: Any, kernel_impl: str) -> None:
     if not _native.available():
         pytest.skip("the reference leaves gradients to autograd")
@@ -149,8 +180,7 @@ def test_in_forward_is_for_one_backward(make: Any, kernel_impl: str) -> None:
         call(hidden, weight, weight=row_weight, gradient="in_forward", impl=kernel_impl)
 
 
-@OPS
-@pytest.mark.parametrize("mode", ["recompute", "in_forward"])
+@WAYS
 def test_a_frozen_tensor_costs_no_product(
     make: Any, mode: str, each_cpu: str, monkeypatch: Any
 ) -> None:
@@ -194,8 +224,7 @@ def test_rows_that_do_not_count_cost_nothing(make: Any, each_cpu: str, monkeypat
     assert not loss[~mask].any() and not grads[0][~mask].any()
 
 
-@OPS
-@pytest.mark.parametrize("mode", ["recompute", "in_forward"])
+@WAYS
 def test_under_autocast(make: Any, mode: str, impl: str) -> None:
     """fp32 master weights beside bf16 hidden states: products keep fp32 sums, gradients their
     tensors' dtypes."""
@@ -226,7 +255,7 @@ def test_second_derivatives_raise(make: Any, kernel_impl: str) -> None:
             lambda h: call(h, weight.detach(), impl=kernel_impl), (hidden.detach(),), (tangent,)
         )
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    if make is sparse:
+    if make is not dense:
         (first,) = torch.autograd.grad(call(*exact, impl="reference"), exact[0], create_graph=True)
         assert torch.autograd.grad(first.sum(), exact[1])[0].any()
 
@@ -260,26 +289,46 @@ def test_strided_tensors(impl: str) -> None:
     )
 
 
-def test_opcheck() -> None:
-    """That the kernels' schemas say what they write."""
-    head = (torch.randn(4, 8), torch.randn(30, 8), None)
-    tensors = (
-        *head,
-        torch.tensor([True, False, True, True]),
-        torch.randn(4, 5),
-        torch.randn(30, 5),
-    )
-    tensors = (*tensors, None, None, torch.tensor([[1.5, 0.0, 0.5]] * 4))
+def opcheck(op: str, tensors: Any, numbers: Any, outputs: int, saved: int) -> None:
+    """That the schemas of `op`'s kernels say what they write."""
+    values, counted = [torch.zeros(4) for _ in range(outputs)], tensors[3]
+    statistics, grads = torch.zeros(4, saved), (torch.zeros(4, 8), torch.zeros(30, 8))
+    upstreams = [torch.rand(4) * counted for _ in range(outputs)]
+    grads = (*grads, torch.zeros(0))
+    calls: dict[str, tuple[Any, ...]] = {
+        "fwd": (*tensors, *numbers, *values, statistics),
+        "bwd": (*tensors, statistics, *upstreams, *numbers, *grads),
+    }
+    if outputs == 1:
+        calls["gradients"] = (*tensors, *upstreams, *numbers, *values, *grads)
+    for name, arguments in calls.items():
+        kernel = _registry.overload(f"{op}_{name}", "cpu")
+        kernel(*arguments)
+        torch.library.opcheck(kernel, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+HEAD = (torch.randn(4, 8), torch.randn(30, 8), None, torch.tensor([True, False, True, True]))
+
+
+def test_opcheck_dense() -> None:
+    params = torch.tensor([[1.5, 0.0, 0.5]] * 4)
+    tensors = (*HEAD, torch.randn(4, 5), torch.randn(30, 5), None, None, params)
     numbers = (1.0, 0.0, 1.0, 0.0, KINDS["jsd"].id, 1.0, 0.0, 0.5, True, 0.0, 0.0, 30)
-    loss, saved, upstream = torch.zeros(4), torch.zeros(4, SAVED), torch.rand(4)
-    grads = (torch.zeros(4, 8), torch.zeros(30, 8), torch.zeros(0))
-    _registry.overload("linear_divergence_fwd", "cpu")(*tensors, *numbers, loss, saved)
-    for name, arguments in {
-        "fwd": (*tensors, *numbers, loss, saved),
-        "bwd": (*tensors, saved, upstream * tensors[3], *numbers, *grads),
-        "gradients": (*tensors, upstream * tensors[3], *numbers, loss, *grads),
-    }.items():
-        torch.library.opcheck(
-            _registry.overload(f"linear_divergence_{name}", "cpu"), arguments,
-            test_utils=("test_schema", "test_faketensor"),
-        )  # fmt: skip
+    opcheck("linear_divergence", tensors, numbers, 1, dense_rows.SAVED)
+
+
+@pytest.mark.parametrize("label_weight", [0.0, 0.3])
+def test_opcheck_sparse(label_weight: float) -> None:
+    log_p, ids = torch.log_softmax(torch.randn(4, 30), -1).topk(5)
+    tail, params = torch.log1p(-log_p.exp().sum(-1)), torch.tensor([[1.5, 0.5]] * 4)
+    labels = torch.tensor([0, 29, 3, 7]) if label_weight else None
+    tensors = (*HEAD, ids, log_p, tail, params, labels)
+    mode = sparse_rows.TAILS["bucket"]
+    numbers = (1.0, 0.0, KINDS["jsd"].id, mode, 1.0, 0.5, True, label_weight, 0.0)
+    saved = sparse_rows.SAVED + (dense_rows.SAVED if label_weight else 0)
+    opcheck("linear_topk_divergence", tensors, numbers, 1, saved)
+
+
+def test_opcheck_token() -> None:
+    tensors = (*HEAD, torch.tensor([0, 29, 3, 7]), torch.tensor([0.5, 1.0, 2.0, 1.0]))
+    opcheck("linear_token_logprob", tensors, (1.0, 0.0, 1.0), 2, token_rows.SAVED)

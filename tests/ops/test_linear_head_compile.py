@@ -1,13 +1,13 @@
 """The fused-linear operators under `torch.compile`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from pydistill import linear_divergence, linear_topk_divergence
+from pydistill import linear_divergence, linear_token_logprob, linear_topk_divergence
 
 OP = "linear_divergence"
 close = torch.testing.assert_close
@@ -48,7 +48,21 @@ def sparse(impl: str, gradient: str = "recompute") -> partial[Tensor]:
     )
 
 
-@pytest.mark.parametrize("make", [dense, sparse])
+def sparse_with_labels(impl: str) -> partial[Tensor]:
+    return partial(sparse(impl), labels=torch.arange(6), label_weight=0.3, z_loss=1e-2)
+
+
+def token(impl: str) -> Callable[[Tensor, Tensor], Tensor]:
+    ids = torch.arange(6)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        found = linear_token_logprob(hidden, weight, ids, impl=impl)
+        return (0.3 * found.entropy - found.logprob).mean()
+
+    return loss
+
+
+@pytest.mark.parametrize("make", [dense, sparse, sparse_with_labels, token])
 def test_fullgraph(make: type, impl: str) -> None:
     f, (hidden, weight) = make(impl), heads()
     outcomes = []
