@@ -132,9 +132,9 @@ inline Support TakeSupport(const TopkArgs& a, int64_t r, Row& row, float k, floa
   return support;
 }
 
-// log of the mass outside the support, relative to the row's maximum: k (x - max) summed over the
-// unmarked. Where the exponentials about the row's maximum have underflowed, again about the
-// tail's own, which `tail_max` then is.
+// log of the mass outside the support: of the sum of exp(k (x - tail_max)) over the unmarked, with
+// `tail_max` the row's maximum, or where the exponentials about that have underflowed the tail's
+// own.
 inline double LogTail(Row& row, int64_t vocab, float k, float max, const Memory& m,
                       float& tail_max) {
   double tail = 0;
@@ -167,7 +167,7 @@ inline double LogTail(Row& row, int64_t vocab, float k, float max, const Memory&
     if (own.max == -INFINITY) return -INFINITY;
   }
   tail_max = own.max;
-  return std::log(own.z) + double(k) * (double(own.max) - max);
+  return std::log(own.z);
 }
 
 PD_INLINE Tokens TokensOf(V log_p, V log_q) {
@@ -252,6 +252,7 @@ TopkStatus ForwardRow(const TopkArgs& a, int64_t r, Row& row, const RowParams& p
   const int64_t support = taken.count;
   int64_t cells = support;
   double log_q_tail = -INFINITY, log_p_tail = -INFINITY, log_outside = -INFINITY;
+  double log_sum = -INFINITY;  // outside the support, of the exponentials that backward takes there
   if (a.mode == TailMode::kSupportOnly) {
     float top = -INFINITY;
     for (int64_t j = 0; j < support; ++j) top = m.s[j] > top ? m.s[j] : top;
@@ -263,8 +264,9 @@ TopkStatus ForwardRow(const TopkArgs& a, int64_t r, Row& row, const RowParams& p
     // Where the tail is half of the row or more, subtracting loses nothing. A peaked row's own sum
     // has lost its small terms in fp32: the normaliser is made of the two parts.
     const bool plain = taken.z <= 0.5 * sum.z;
-    const double log_tail =
+    log_sum =
         plain ? std::log(sum.z - taken.z) : LogTail(row, vocab, p.k, sum.max, m, found.outside_max);
+    const double log_tail = log_sum + double(p.k) * (double(found.outside_max) - found.max);
     found.log_q_scale = std::log(taken.z + std::exp(log_tail));
     log_outside = log_tail - found.log_q_scale;
     if (a.mode == TailMode::kWithTail) {
@@ -274,9 +276,6 @@ TopkStatus ForwardRow(const TopkArgs& a, int64_t r, Row& row, const RowParams& p
       m.s[cells++] = static_cast<float>(log_q_tail);
     }
   }
-  // A sum outside of the exponentials that backward takes there.
-  const double log_sum =
-      log_outside + found.log_q_scale - double(p.k) * (double(found.outside_max) - found.max);
   // As backward will: where p and q all but agree, tvd's sign must come out the same.
   found.log_q_scale = static_cast<float>(found.log_q_scale);
   for (int64_t j = 0; j < support; ++j) {
