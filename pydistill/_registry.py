@@ -99,15 +99,21 @@ def composed_kernel(
     of: str,
 ) -> None:
     """A `kernel` that is Python over the kernels of another operator, on every backend that has
-    those: `run(backend, *args)`. `of` is the one of them that says where they exist."""
+    those: `run(backend, *args)`. `of` is the one of them that says where they exist; elsewhere a
+    call raises."""
     _made_of[name], _runs[name] = of, run
 
     def on(backend: str) -> Callable[..., None]:
         def call(*args: Any) -> None:
             if has_kernel(of, backend):
                 run(backend, *args)
+            elif backend == "cpu" and not _native.available():
+                reference(*args)  # the namespace is the reference's too, and nobody chose "cpu"
             else:
-                reference(*args)
+                raise RuntimeError(
+                    f"{name} is made of {of}, of which impl={backend!r} has no kernel here; choose"
+                    " another impl."
+                )
 
         return call
 
