@@ -8,7 +8,8 @@ logits twice (8 R V H flops for the student's three gradients and 4 R V H for a 
 `gradient="in_forward"`: 6 and 2, see `forward_backward`) and holds O(R + V) besides a tile.
 
 Products are sums in fp32 of the operands as they are. Logits are fp32, whatever the operands; their
-gradient is rounded to bf16 where both tensors of the head are, and the device multiplies bf16.
+gradient is rounded to bf16 where both tensors of the head are, and the device multiplies bf16. It
+is never rounded to fp16, below whose range it lies.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A block of rows in forward: at most so many rows (enough to spread the packing of the weight
 # over), in units of the CPU kernels' tiles, and at most so many bytes of fp32 logits a side.
 BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 12, 128 << 20
-# A tile of backward.
-TILE_ROWS, TILE_COLUMNS = 1024, 2048
+# A tile of backward. Its rows have whole units of columns: others begin between the 16-byte words
+# that a GPU's threads load.
+TILE_ROWS, TILE_COLUMNS, TILE_UNIT = 1024, 2048, 16
 
 
 def check_head(
@@ -53,10 +55,10 @@ def check_head(
             )
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device} and {names[0]} on {hidden.device}.")
-    if hidden.ndim == 0 or weight.ndim != 2 or weight.shape[0] == 0:
+    if hidden.ndim == 0 or weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
             f"{names[0]} has shape {tuple(hidden.shape)} and {names[1]} {tuple(weight.shape)}; pass"
-            " [..., H] and [V, H] with V >= 1 (a weight that ZeRO-3 has partitioned must be"
+            " [..., H] and [V, H], neither of them 0 (a weight that ZeRO-3 has partitioned must be"
             " gathered first: deepspeed.zero.GatheredParameters)."
         )
     if hidden.shape[-1] != weight.shape[1]:
@@ -141,6 +143,10 @@ def spans(size: int, at_most: int, unit: int = 1) -> Iterator[slice]:
         yield slice(begin, min(begin + each, size))
 
 
+def column_tiles(vocab: int) -> Iterator[slice]:
+    return spans(vocab, TILE_COLUMNS, TILE_UNIT)
+
+
 def block_rows(vocab: int) -> int:
     return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * vocab)))
 
@@ -191,7 +197,7 @@ def backward(tiles: Tiles, loss: Backward, out: Gradients) -> None:
     """`out` from the statistics that forward has left with `loss`."""
     hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
     sums = TileSums(out.weight)
-    for columns in spans(tiles.vocab, TILE_COLUMNS):
+    for columns in column_tiles(tiles.vocab):
         sums.begin(columns)
         for rows in spans(tiles.head.hidden.shape[0], TILE_ROWS):
             logits = tiles.logits(rows, columns)
@@ -271,7 +277,7 @@ class Kept:
         return Kept(rows, tiles.vocab, memory)
 
     def columns(self) -> Iterator[slice]:
-        return spans(self._vocab, TILE_COLUMNS)
+        return column_tiles(self._vocab)
 
     def parts(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and the gradients of their `columns`."""
@@ -372,10 +378,36 @@ def product(
 ) -> None:
     """out (+)= a @ b, fp32 sums of operands of any floating dtype; with `narrow` an fp32 one beside
     a bf16 one may be rounded to bf16."""
-    if a.is_cuda and a.dtype != b.dtype:  # the tensor cores take operands of one type
-        half = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-        a, b = a.to(half), b.to(half)
-    matmul(a, b, out=out, accumulate=accumulate, narrow=narrow)
+    if a.is_cuda and a.dtype != b.dtype:
+        product_in_one_type(a, b, out, accumulate=accumulate, narrow=narrow)
+    else:
+        matmul(a, b, out=out, accumulate=accumulate, narrow=narrow)
+
+
+def common_type(a: torch.dtype, b: torch.dtype, narrow: bool) -> torch.dtype:
+    """The type in which operands of two types are multiplied by a device that takes one.
+
+    It is bf16, where that is allowed, for bf16 has the range of fp32. fp16 never is: a gradient of
+    a mean over many tokens lies below its smallest number.
+    """
+    if narrow and {a, b} == {torch.float32, torch.bfloat16}:
+        return torch.bfloat16
+    return torch.promote_types(torch.promote_types(a, b), torch.float32)
+
+
+def product_in_one_type(
+    a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool, narrow: bool
+) -> None:
+    """`product` by a device that takes operands of one type. A widened copy of a whole weight would
+    be larger than all else, so that it is made a tile at a time."""
+    dtype = common_type(a.dtype, b.dtype, narrow)
+    tile = TILE_COLUMNS if dtype.itemsize > b.dtype.itemsize else max(1, *b.shape)
+    for columns in spans(b.shape[1], tile):
+        for inner in spans(b.shape[0], tile):
+            matmul(
+                a[:, inner].to(dtype), b[inner, columns].to(dtype), out=out[:, columns],
+                accumulate=accumulate or inner.start > 0,
+            )  # fmt: skip
 
 
 def new_gradients(

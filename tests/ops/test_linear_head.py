@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pydistill import (
     _native,
@@ -287,6 +288,88 @@ def test_strided_tensors(impl: str) -> None:
     close(
         call(hidden, weight, impl=impl), call(hidden.contiguous(), weight.contiguous(), impl=impl)
     )
+
+
+HALVES = (torch.bfloat16, torch.float16)
+PAIRS = [(a, b) for a in (*HALVES, torch.float32) for b in (*HALVES, torch.float32) if a != b]
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_operands_of_one_type_are_narrowed_to_bf16_alone(dtypes: Any) -> None:
+    assert _linear_head.common_type(*dtypes, narrow=False) == torch.float32
+    narrowed = set(dtypes) == {torch.float32, torch.bfloat16}
+    want = torch.bfloat16 if narrowed else torch.float32
+    assert _linear_head.common_type(*dtypes, narrow=True) == want
+
+
+def test_a_gpu_multiplies_operands_of_one_type(monkeypatch: Any) -> None:
+    """By tensors that say they are a GPU's, and have no memory."""
+    seen: list[tuple[str, torch.dtype, torch.dtype]] = []
+    for name in ("matmul", "product_in_one_type"):
+        monkeypatch.setattr(
+            _linear_head, name,
+            lambda a, b, *_, name=name, **__: seen.append((name, a.dtype, b.dtype)),
+        )  # fmt: skip
+    for device, mixed in (("cpu", "matmul"), ("cuda", "product_in_one_type")):
+        for dtypes in (*PAIRS, *((x, x) for x in (*HALVES, torch.float32))):
+            seen.clear()
+            with FakeTensorMode():
+                a, b = (torch.empty(4, 4, dtype=dtype, device=device) for dtype in dtypes)
+                _linear_head.product(a, b, torch.empty(4, 4, device=device))
+            assert seen == [("matmul" if dtypes[0] == dtypes[1] else mixed, *dtypes)]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_product_in_one_type(dtypes: Any, transposed: bool, narrow: bool, monkeypatch: Any) -> None:
+    """The value, in tiles, of numbers below fp16's smallest."""
+    seen: set[torch.dtype] = set()
+    plain = _linear_head.matmul
+
+    def matmul(a: Tensor, b: Tensor, **more: Any) -> None:
+        seen.update((a.dtype, b.dtype))
+        plain(a, b, **more)
+
+    monkeypatch.setattr(_linear_head, "TILE_COLUMNS", 8)
+    monkeypatch.setattr(_linear_head, "matmul", matmul)
+    a, b = torch.randn(6, 21).to(dtypes[0]), torch.randn(21, 19).to(dtypes[1])
+    if dtypes[0] == torch.float32:
+        a *= 1e-9
+    if transposed:
+        a, b = b.T, a.T
+    want, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    rounded = narrow and set(dtypes) == {torch.float32, torch.bfloat16}
+    types = {torch.bfloat16 if rounded else torch.float32}
+    for accumulate in (False, True):
+        out = torch.full_like(want, 1e-9 if accumulate else torch.nan, dtype=torch.float32)
+        _linear_head.product_in_one_type(a, b, out, accumulate=accumulate, narrow=narrow)
+        error = (out - (want + 1e-9 * accumulate)).abs() / (size + 1e-9)
+        assert error.max() <= (2**-8 if rounded else 1e-6) and seen == types
+
+
+@DIVERGENCES
+@pytest.mark.parametrize("mode", ["recompute", "in_forward"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gradients_below_fp16s_range_are_not_lost_on_a_gpu(
+    make: Any, mode: str, dtype: torch.dtype, kernel_impl: str, monkeypatch: Any
+) -> None:
+    """Those of a token's logits, in a mean over a million tokens; their sum is within the range."""
+    call, (hidden, weight) = make(2048, 60), student(2048, 60, dtype=dtype)
+    hidden = (hidden[0] + hidden / 8).detach()
+    options = {"reduction": "mean", "denominator": float(1 << 20)}
+    exact = weight.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(call(hidden.double(), exact, impl="reference", **options), exact)
+    assert want.abs().max() > 100 * torch.finfo(torch.float16).smallest_normal / 1024
+    monkeypatch.setattr(
+        _linear_head, "product",
+        lambda a, b, out, accumulate=False, narrow=False: _linear_head.product_in_one_type(
+            a, b, out, accumulate=accumulate, narrow=narrow
+        ),
+    )  # fmt: skip
+    loss = call(hidden, weight, impl=kernel_impl, gradient=mode, **options)
+    (got,) = torch.autograd.grad(loss, weight)
+    close(got.double(), want, rtol=2**-7, atol=2**-7 * float(want.abs().max()))
 
 
 def opcheck(op: str, tensors: Any, numbers: Any, outputs: int, saved: int) -> None:
