@@ -372,6 +372,12 @@ def test_gradients_below_fp16s_range_are_not_lost_on_a_gpu(
     close(got.double(), want, rtol=2**-7, atol=2**-7 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (50, 0)])
+def test_an_empty_weight_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"\[V, H\], neither of them 0"):
+        dense(3, 50)(torch.randn(3, shape[1]), torch.randn(shape))
+
+
 def opcheck(op: str, tensors: Any, numbers: Any, outputs: int, saved: int) -> None:
     """That the schemas of `op`'s kernels say what they write."""
     values, counted = [torch.zeros(4) for _ in range(outputs)], tensors[3]
