@@ -27,6 +27,27 @@ needs_native = pytest.mark.skipif(
 BOUNDS = (0, 170, 171, 431, 600)
 
 
+def check_token_logprob(ops: Any) -> None:
+    rows, vocab = 5, BOUNDS[-1]
+    logits, ids = torch.randn(rows, vocab), torch.tensor([0, 170, 599, 300, 430])
+    ups = (torch.tensor([1.0, -2.0, 0.0, 0.5, 0.0]), torch.tensor([0.5, 0.0, 0.0, -1.0, 2.0]))
+    for params in (None, torch.tensor([0.5, 2.0, 1.0, 0.8, 3.0])):
+        logprob, entropy, saved = torch.empty(rows), torch.empty(rows), torch.empty(rows, 5)
+        ops.token_logprob_fwd(logits, ids, None, params, 0.8, logprob, entropy, saved)
+        whole, tiles, written = torch.empty_like(logits), torch.empty_like(logits), logits.clone()
+        ops.token_logprob_bwd(logits, ids, params, saved, *ups, 0.8, whole)
+        for begin, end in pairwise(BOUNDS):
+            shifted, tile = ids - begin, written[:, begin:end]
+            ops.token_logprob_bwd(
+                logits[:, begin:end], shifted, params, saved, *ups, 0.8, tiles[:, begin:end]
+            )  # fmt: skip
+            ops.token_logprob_bwd(tile, shifted, params, saved, *ups, 0.8, tile)
+        torch.testing.assert_close(tiles, whole, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(written, whole, rtol=1e-6, atol=1e-9)
+        live = (ups[0] != 0) | (ups[1] != 0)
+        assert whole.abs().sum(1).bool().tolist() == live.tolist()
+
+
 def check_divergence(ops: Any, kinds: list[str]) -> None:
     rows, vocab = 4, BOUNDS[-1]
     student, teacher = torch.randn(rows, vocab), torch.randn(rows, vocab)
@@ -60,6 +81,11 @@ def test_topk_divergence_on_the_cpu() -> None:
     topk.check_tiles(torch.ops.pydistill)
 
 
+@needs_native
+def test_token_logprob_on_the_cpu() -> None:
+    check_token_logprob(torch.ops.pydistill)
+
+
 @pytest.mark.interpreter
 def test_divergence_in_triton() -> None:
     import pydistill.kernels.divergence as kernels
@@ -76,6 +102,15 @@ def test_topk_divergence_in_triton() -> None:
 
     with strict():
         topk.check_tiles(kernels)
+
+
+@pytest.mark.interpreter
+def test_token_logprob_in_triton() -> None:
+    import pydistill.kernels.token_logprob as kernels
+    from tools.ladder.interpreter import strict
+
+    with strict():
+        check_token_logprob(kernels)
 
 
 def test_divergence_in_cuda() -> None:
