@@ -45,6 +45,7 @@ def test_the_full_ladder_has_cases_and_mutants_of_both_backends() -> None:
         "test_divergence_cuda.py::test_mutants_die",
         "test_divergence_triton.py::test_table",
         "test_divergence_triton_mutants.py::test_all_mutants_die",
+        "test_linear_triton.py::test_table",
         "test_topk_divergence_cuda.py::test_every_case",
         "test_topk_divergence_cuda.py::test_mutants_die",
         "test_topk_divergence_triton.py::test_table",

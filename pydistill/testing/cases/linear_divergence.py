@@ -105,8 +105,8 @@ def _table() -> list[Case]:
         marks = ("ladder",) if kind in ("forward_kl", "jsd", "adaptive_kl") else ()
         add("plain", 5, 300, kind, marks=marks)
         add("mean", 5, 300, kind, reduction="mean")
-        add("half", 5, 300, kind, dtypes=(BF16, BF16), reduction="mean", biased=True)
-        add("tiles", 4, 4200, kind, reduction="sum", biased=True)
+        add("half", 5, 300, kind, dtypes=(BF16, BF16), reduction="mean", biased=True, marks=marks)
+        add("tiles", 4, 4200, kind, reduction="sum", biased=True, marks=marks)
     for dtypes in ((BF16, FP32), (FP16, FP16), (FP32, BF16)):
         add("dtypes", 6, 40, "jsd", dtypes=dtypes, biased=True, reduction="sum")
     add("blocks", 400, 50, "jsd", reduction="mean", masked="third")

@@ -84,7 +84,7 @@ def _table() -> list[Case]:
     for dtypes in ((FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, BF16)):
         cases += [
             _case("plain", 5, 300, dtypes=dtypes, marks=("ladder",)),
-            _case("tiles", 4, 4200, dtypes=dtypes, biased=True),
+            _case("tiles", 4, 4200, dtypes=dtypes, biased=True, marks=("ladder",)),
             _case("masked", 7, 90, dtypes=dtypes, masked=True),
         ]
     cases += [

@@ -94,8 +94,9 @@ def _table() -> list[Case]:
                 continue
             marks = ("ladder",) if tail == "bucket" else ()
             add("plain", 5, 300, 12, kind, tail, marks=marks)
-            add("half", 5, 300, 12, kind, tail, dtypes=(BF16, BF16), biased=True, reduction="mean")
-            add("tiles", 4, 4200, 40, kind, tail, biased=True, reduction="sum")
+            half: dict[str, Any] = {"dtypes": (BF16, BF16), "biased": True, "reduction": "mean"}
+            add("half", 5, 300, 12, kind, tail, marks=marks, **half)
+            add("tiles", 4, 4200, 40, kind, tail, biased=True, reduction="sum", marks=marks)
             add("masked", 6, 90, 8, kind, tail, prefix=(2, 3), masked=True, reduction="mean")
     add("whole", 4, 31, 31, "jsd")
     add("one_token", 3, 1, 1)
