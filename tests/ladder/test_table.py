@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pydistill.reference.divergence import KINDS
-from tools.ladder import topk_divergence_table, topk_logprobs_table
+from tools.ladder import linear_table, topk_divergence_table, topk_logprobs_table
 from tools.ladder.cuda.nvcc import TARGETS
 from tools.ladder.divergence_table import LONG, STREAMS
 from tools.ladder.dry_run import GATE
@@ -117,6 +117,53 @@ def test_tracked_rows_of_topk_logprobs(dtype: str) -> None:
         for part, _ in parts:
             for target in GATE:
                 assert table[f"triton topk_logprobs {part} {dtype} {target}"]["spills"] == 0
+
+
+def test_tracked_rows_of_linear_operators_are_those_of_their_rows() -> None:
+    """The driver launches what a caller with fp32 logits does, on every target."""
+    table = json.loads(JSON.read_text())
+    rooms = {
+        "linear_divergence": "",
+        "linear_topk_divergence": "topk_divergence ",
+        "linear_token_logprob": "token_logprob ",
+        "topk_logprobs_from_hidden": "topk_logprobs ",
+    }
+    seen = set()
+    for form in linear_table.forms(1):
+        seen.add(form.op)
+        for name in form.kernels:
+            for target in GATE:
+                row = table[f"triton {form.op} {name} fp32 {target}"]
+                assert row == table[f"triton {rooms[form.op]}{name} fp32 {target}"]
+    assert seen == rooms.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tracked_bytes_of_linear_divergence(kind: str) -> None:
+    """Forward as the rows' own; backward once over 16 tiles, which read what is saved each."""
+    table = json.loads(JSON.read_text())
+    forward, backward, both = (
+        table[f"triton linear_divergence {d} {kind} fp32 bytes"] for d in linear_table.DIRECTIONS
+    )
+    assert forward == table[f"triton forward {kind} fp32 bytes"]
+    assert backward["sweeps"] == [1, 1, 1] and backward["small"] == 16 * 28
+    assert both["logits"] == forward["logits"] + backward["logits"]
+    assert both["small"] == 36 + 28
+    assert backward["ratio"] <= 1.01 and both["ratio"] <= 2.34
+
+
+def test_tracked_bytes_of_the_other_linear_operators() -> None:
+    table = json.loads(JSON.read_text())
+    limits = {
+        "linear_topk_divergence forward": 1.02,
+        "linear_topk_divergence backward": 1.08,  # each of 16 tiles reads 64 ids and log p
+        "linear_topk_divergence in_forward": 1.52,
+        "linear_token_logprob forward": 1.01,
+        "linear_token_logprob backward": 1.01,
+        "topk_logprobs_from_hidden forward": 1.31,
+    }
+    for name, limit in limits.items():
+        assert 1 <= table[f"triton {name} fp32 bytes"]["ratio"] <= limit
 
 
 def test_tracked_versions_are_those_required() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tools.ladder import (
     divergence_table,
+    linear_table,
     token_logprob_table,
     topk_divergence_table,
     topk_logprobs_table,
@@ -83,7 +84,8 @@ def collect(tracked: Table) -> Table:
     from tools.ladder.cuda.nvcc import TARGETS, find_nvcc
 
     triton = (
-        divergence_table, token_logprob_table, topk_divergence_table, topk_logprobs_table,
+        divergence_table, linear_table, token_logprob_table, topk_divergence_table,
+        topk_logprobs_table,
     )  # fmt: skip
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
     rows: Table = {key: row for key, row in tracked.items() if key.endswith(" proof")}
@@ -138,6 +140,9 @@ def markdown(table: Table) -> str:
         "`token_logprob` has that floor too. `topk_logprobs` looks for 64 tokens; its floor is the",
         "row and the results, and sorting the 64, in torch, is not counted. `topk_logprobs row` is",
         "the way of a row of 16384 logits, which its program keeps in registers.",
+        "The operators from hidden states launch these kernels on fp32 logits: `forward` on whole",
+        "rows, `backward` in place on tiles of at most 2048 columns, `in_forward` both on whole",
+        "rows. Their rows are what their driver launches; its matrix products are not counted.",
     ]
     if "versions" in table:
         named = (f"{name} {version}" for name, version in table["versions"].items())

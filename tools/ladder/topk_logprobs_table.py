@@ -12,7 +12,7 @@ import os
 from functools import partial
 from typing import Any
 
-from tools.ladder.rows import BYTES_ROWS, DTYPES, ROWS, VOCAB, Table, compiled_rows, dtype_of
+from tools.ladder.rows import BYTES_ROWS, DTYPES, ROWS, VOCAB, Row, Table, compiled_rows, dtype_of
 
 SLOTS = 64
 SHORT = 16384
@@ -56,15 +56,23 @@ def triton_bytes() -> Table:
         for vocab, name in ((VOCAB, "forward"), (SHORT, "row")):
             with strict() as meter:
                 z = _launch(kernels, BYTES_ROWS, vocab, dtype)
-            logits = 0
-            for (_, source), launch in zip(PARTS[vocab], meter.launches, strict=True):
-                logits += launch.bytes[source].loaded if source else 0
-            total, floor = meter.total_requested(), z.nbytes + BYTES_ROWS * (12 * SLOTS + 8)
-            rows[f"triton topk_logprobs {name} {dtype} bytes"] = {
-                "logits": logits,
-                "small": total - logits,
-                "floor": floor,
-                "ratio": round(total / floor, 3),
-                "sweeps": [round(logits / z.nbytes, 3)],
-            }
+            rows[f"triton topk_logprobs {name} {dtype} bytes"] = forward_bytes(
+                meter, vocab, z.dtype.itemsize
+            )
     return rows
+
+
+def forward_bytes(meter: Any, vocab: int, itemsize: int) -> Row:
+    """What all kernels of a forward asked for."""
+    logits = 0
+    for (_, source), launch in zip(PARTS[vocab], meter.launches, strict=True):
+        logits += launch.bytes[source].loaded if source else 0
+    stream, total = BYTES_ROWS * vocab * itemsize, meter.total_requested()
+    floor = stream + BYTES_ROWS * (12 * SLOTS + 8)
+    return {
+        "logits": logits,
+        "small": total - logits,
+        "floor": floor,
+        "ratio": round(total / floor, 3),
+        "sweeps": [round(logits / stream, 3)],
+    }
