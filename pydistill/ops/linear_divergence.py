@@ -84,7 +84,8 @@ def linear_divergence(
             upstream gradient and a repeated backward are right. "in_forward" computes the gradients
             with the loss, from logits computed once, when one of the student's tensors requires
             grad: a quarter to a third less work; needs a scalar reduction, and can be used once. It
-            holds the gradients, and where the weight is a half type fp32 sums of its shape.
+            holds the gradients, and for more tokens than hidden states have features a part of the
+            logits' gradient, or fp32 sums of a half weight's shape (docs/ops/linear_divergence.md).
         group: a `torch.distributed.ProcessGroup` whose ranks each hold some rows of the weights and
             biases, in the
             order of ranks; all else is the same on every rank, and so are the
