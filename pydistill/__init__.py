@@ -21,6 +21,8 @@ from pydistill.ops.topk_divergence import topk_divergence as topk_divergence
 from pydistill.ops.topk_divergence import topk_divergence_jvp as topk_divergence_jvp
 from pydistill.ops.topk_logprobs import TopkLogprobs as TopkLogprobs
 from pydistill.ops.topk_logprobs import topk_logprobs as topk_logprobs
+from pydistill.ops.verify import VerifyResult as VerifyResult
+from pydistill.ops.verify import verify as verify
 from pydistill.reference.divergence import KINDS as KINDS
 
 try:

@@ -1,0 +1,307 @@
+"""Argument checks of `pydistill.verify`: every argument in the form that kernels take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydistill import _registry
+from pydistill.ops import _rows
+from pydistill.reference.verify import LENIENCES, METHODS, WARPERS, Inputs, Rule
+
+_LATER = ("tree_target_only", "tree", "traversal")
+_FORMS = LENIENCES[1:5]
+
+
+class Call(NamedTuple):
+    """A checked call."""
+
+    inputs: Inputs
+    rule: Rule
+    backend: str
+
+
+def prepare(
+    op: str,
+    target: Tensor,
+    draft: Tensor | None,
+    ids: Tensor,
+    rule: Rule,
+    impl: str,
+    *,
+    num_drafted: int | Tensor | None,
+    warpers: list[tuple[str, Any]],
+    logit_bias: Tensor | None,
+    seed: int | Tensor,
+    position: int | Tensor,
+) -> Call:
+    _rows.check_logits("target_logits", target)
+    if target.ndim != 3 or target.shape[1] == 0:
+        raise ValueError(
+            f"target_logits has shape {tuple(target.shape)}; pass [B, K + 1, V], a row for each"
+            " drafted token and one more."
+        )
+    batch, slots, vocab, device = (
+        target.shape[0],
+        target.shape[1] - 1,
+        target.shape[2],
+        target.device,
+    )
+    check_draft(draft, target)
+    backend = _registry.resolve(op, impl, device.type, target.dtype)
+    ids = check_ids(ids, (batch, slots), vocab, device)
+    counts = per_request(
+        "num_drafted", slots if num_drafted is None else num_drafted, batch, device
+    )
+    counts = counts.expand(batch).contiguous()
+    check_integers("num_drafted", counts, 0, slots, "drafted tokens")
+    positions = per_request("position", position, batch, device).expand(batch).contiguous()
+    check_integers("position", positions, 0, None, "committed tokens")
+    inputs = Inputs(
+        unit_stride(target),
+        None if draft is None else unit_stride(draft),
+        ids,
+        counts,
+        warper_rows(warpers, batch, device),
+        per_request("seed", seed, batch, device).contiguous(),
+        positions,
+        bias_rows(logit_bias, target),
+    )
+    return Call(inputs, rule, backend)
+
+
+def unit_stride(logits: Tensor) -> Tensor:
+    logits = logits.detach()
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def check_draft(draft: Any, target: Tensor) -> None:
+    if draft is None:
+        return
+    if isinstance(draft, tuple):
+        raise TypeError(
+            "draft_logits is a tuple: drafts known on K tokens a row are not built yet; pass dense"
+            " logits [B, K, V], -inf where the draft cannot sample."
+        )
+    _rows.check_logits("draft_logits", draft)
+    _rows.check_device("draft_logits", draft, target.device)
+    batch, rows, vocab = target.shape
+    want = (batch, rows - 1, vocab)
+    if draft.dtype != target.dtype:
+        raise TypeError(
+            f"draft_logits has dtype {draft.dtype}, target_logits {target.dtype}; widen one of"
+            " them (bf16 to fp32 is exact)."
+        )
+    if tuple(draft.shape) != want:
+        fix = "pass the row that each drafted token was sampled from"
+        if draft.ndim == 3 and draft.shape[:2] == want[:2]:
+            fix = "slice both to the vocabulary they share, before the draft samples"
+        raise ValueError(
+            f"draft_logits has shape {tuple(draft.shape)}, and target_logits {tuple(target.shape)}"
+            f" asks for {want}; {fix}."
+        )
+
+
+def check_ids(ids: Any, shape: tuple[int, int], vocab: int, device: torch.device) -> Tensor:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"draft_ids is {got}; pass int64 or int32 token ids [B, K].")
+    _rows.check_device("draft_ids", ids, device)
+    if tuple(ids.shape) != shape:
+        raise ValueError(
+            f"draft_ids has shape {tuple(ids.shape)}, and target_logits asks for {shape}; pass one"
+            " token a slot, -1 where none was drafted."
+        )
+    rows: Tensor = ids.long().contiguous()
+    if _rows.values_readable(rows):
+        wrong = (rows < -1) | (rows >= vocab)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"draft_ids holds {int(rows[wrong][0])}, outside the {vocab} tokens of the logits;"
+                f" use 0 to {vocab - 1}, and -1 in slots without a token."
+            )
+    return rows
+
+
+def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
+    """An integer, or one a request, as int64 `[1]` or `[B]`."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Tensor)):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass an int, or an int64 tensor [B].")
+    if not isinstance(value, Tensor):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{name}={value} does not fit in an int64; choose a smaller one.")
+        return torch.full((1,), int(value), dtype=torch.int64, device=device)
+    if value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} has dtype {value.dtype}; pass an int64 tensor [B].")
+    _rows.check_device(name, value, device)
+    if value.ndim and tuple(value.shape) != (batch,):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}; pass an int, or one a request, shape"
+            f" {(batch,)}."
+        )
+    rows: Tensor = value.reshape(-1).long()
+    return rows
+
+
+def check_integers(name: str, value: Tensor, low: int, high: int | None, what: str) -> None:
+    if not _rows.values_readable(value):
+        return
+    wrong = value < low if high is None else (value < low) | (value > high)
+    if bool(wrong.any()):
+        bounds = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}={int(value[wrong][0])} is no number of {what}; use {bounds}.")
+
+
+# The bounds of a warper, inclusive, and the value that is none of it.
+_BOUNDS = {
+    "temperature": (1e-30, 1e30, 1.0),
+    "top_k": (0.0, 2.0**53, 0.0),
+    "top_p": (1e-30, 1.0, 1.0),
+    "min_p": (0.0, 1.0, 0.0),
+}
+
+
+def warper_rows(warpers: list[tuple[str, Any]], batch: int, device: torch.device) -> Tensor:
+    """fp64 `[1, 2 * WARPERS]`, or `[B, 2 * WARPERS]` if one of them is one a request."""
+    given = [warper(name, value, batch, device) for name, value in warpers]
+    neutral = [_BOUNDS[name][2] for name, _ in warpers[:WARPERS]]
+    ours = [n if v is None else v for v, n in zip(given[:WARPERS], neutral, strict=True)]
+    drafts = [o if v is None else v for v, o in zip(given[WARPERS:], ours, strict=True)]
+    values = [
+        logarithm(v) if i % WARPERS == WARPERS - 1 else v for i, v in enumerate(ours + drafts)
+    ]
+    if not any(isinstance(v, Tensor) for v in values):
+        return torch.tensor([values], dtype=torch.float64, device=device)
+    columns = [
+        v if isinstance(v, Tensor) else torch.full((batch,), v, dtype=torch.float64, device=device)
+        for v in values
+    ]
+    return torch.stack(columns, 1)
+
+
+def logarithm(x: float | Tensor) -> float | Tensor:
+    if isinstance(x, Tensor):
+        return x.log()
+    return math.log(x) if x > 0 else -math.inf
+
+
+def warper(name: str, value: Any, batch: int, device: torch.device) -> float | Tensor | None:
+    """A number, or fp64 `[B]`, within its bounds; None stays None."""
+    if value is None:
+        return None
+    kind = name.removeprefix("draft_")
+    low, high, _ = _BOUNDS[kind]
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a number, or one a request.")
+    if isinstance(value, Tensor):
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"{name} has dtype {value.dtype}; pass numbers.")
+        _rows.check_device(name, value, device)
+        if value.ndim and tuple(value.shape) != (batch,):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; pass a number, or one a request, shape"
+                f" {(batch,)}."
+            )
+        rows = value.detach().double().expand(batch)
+        if not _rows.values_readable(rows):
+            return rows
+        inside = within(kind, rows, low, high)
+        if bool(torch.as_tensor(inside).all()):
+            return rows
+        value = float(rows[~torch.as_tensor(inside)][0])
+    elif within(kind, float(value), low, high):
+        return float(value)
+    zero = "0 (greedy), or " if kind == "temperature" else ""
+    whole = "a whole number " if kind == "top_k" else ""
+    raise ValueError(f"{name}={value:g} is no {kind}; use {zero}{whole}from {low:g} to {high:g}.")
+
+
+def within(kind: str, value: Any, low: float, high: float) -> Any:
+    inside = (value >= low) & (value <= high)
+    if kind == "temperature":
+        return inside | (value == 0)
+    if kind == "top_k":
+        return inside & (value % 1 == 0)
+    return inside
+
+
+def bias_rows(bias: Tensor | None, target: Tensor) -> Tensor | None:
+    """`[1, V]` or `[B, V]`, fp32 (fp64 for fp64 logits)."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"logit_bias is {got}; pass a floating-point tensor [V] or [B, V].")
+    _rows.check_device("logit_bias", bias, target.device)
+    batch, _, vocab = target.shape
+    if tuple(bias.shape) not in ((vocab,), (batch, vocab)):
+        raise ValueError(
+            f"logit_bias has shape {tuple(bias.shape)}; pass {(vocab,)}, or {(batch, vocab)} for"
+            " one a request."
+        )
+    wide = torch.promote_types(target.dtype, torch.float32)
+    return bias.detach().reshape(-1, vocab).to(wide).contiguous()
+
+
+def rule_of(
+    method: str,
+    tree: Any,
+    lenience: Any,
+    tv_budget: float | None,
+    typical: tuple[float, float] | None,
+) -> Rule:
+    """Raises for a method that is unknown or not built, and for numbers that do not fit it."""
+    if method in _LATER:
+        raise ValueError(
+            f"method={method!r} is not built yet; verify one path of the tree with method='block'"
+            " or 'token'."
+        )
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; use one of {', '.join(METHODS)}.")
+    if tree is not None:
+        raise ValueError(
+            f"tree is given, and method={method!r} is for chains; pass tree=None and one path of"
+            " the tree."
+        )
+    if method != "token" and (lenience is not None or tv_budget is not None):
+        raise ValueError(
+            f"lenience and tv_budget belong to method='token', not {method!r}; pass neither, or"
+            " change the method."
+        )
+    if typical is not None and method != "typical":
+        raise ValueError(f"typical={typical!r} belongs to method='typical', not {method!r}.")
+    if lenience is not None and tv_budget is not None:
+        raise ValueError("lenience and tv_budget both say how much is lost; pass one of them.")
+    index = METHODS.index(method)
+    if method == "typical":
+        epsilon, alpha = pair("typical", (0.3, 0.09) if typical is None else typical)
+        return Rule(index, 0, number("epsilon", epsilon), number("alpha", alpha))
+    if tv_budget is not None:
+        return Rule(index, LENIENCES.index("tv_budget"), number("tv_budget", tv_budget))
+    if lenience is None:
+        return Rule(index)
+    kind, strength = pair("lenience", lenience)
+    if kind not in _FORMS:
+        raise ValueError(f"lenience={lenience!r} is not known; use one of {', '.join(_FORMS)}.")
+    value = number(f"lenience {kind}", strength)
+    if value < 1e-30 and kind != "ensemble":
+        raise ValueError(f"lenience={lenience!r} accepts everything; use 1e-30 to 1.")
+    return Rule(index, LENIENCES.index(kind), value)
+
+
+def pair(name: str, value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 2:
+        form = '("linear", 0.5)' if name == "lenience" else "(0.3, 0.09), epsilon and alpha"
+        raise TypeError(f"{name} is {value!r}; pass a pair such as {form}.")
+    return value[0], value[1]
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}; pass a number from 0 to 1.")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value:g} is outside 0 to 1; choose a number inside.")
+    return float(value)

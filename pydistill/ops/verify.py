@@ -1,0 +1,245 @@
+"""Verification of a speculative draft: how many drafted tokens the target accepts, and the token
+that follows them, from the logits of both.
+
+    token   accept x while u q(x) < p(x); then y ~ [p - q]+, or y ~ p after the last
+    block   accept the longest prefix that its own coin passes, by the ratio of the whole prefix
+
+p and q are the warped distributions (temperature, top-k, top-p, min-p), u counter-based coins.
+docs/ops/verify.md has every formula, the coins bit by bit, and the limits.
+
+Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], draft_ids [B, K]; fp32, bf16 or fp16
+(fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are needed and one
+pass over them in cache; nothing of size V is written. One call decides and samples, so that no
+probabilities are ever in memory and the reported numbers are those the decision was made with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pydistill import _registry
+from pydistill.ops import _rows, _verify_call
+from pydistill.reference.verify import (
+    BAD_DRAFT,
+    BAD_ID,
+    BAD_TARGET,
+    IMPOSSIBLE,
+    Inputs,
+    Outputs,
+    Rule,
+    verify_reference,
+)
+
+__all__ = ["BAD_DRAFT", "BAD_ID", "BAD_TARGET", "IMPOSSIBLE", "VerifyResult", "verify"]
+OP = _registry.operator("verify", {torch.float32, torch.bfloat16, torch.float16})
+
+
+class VerifyResult(NamedTuple):
+    """What `verify` returns. fp32, or fp64 for fp64 logits, but for the integers."""
+
+    tokens: Tensor  # int64 [B, K + 1], -1 behind the last
+    num_accepted: Tensor  # int64 [B]
+    logprobs: Tensor  # [B, K + 1]
+    overlap: Tensor  # [B, K]
+    bias: Tensor  # [B, K]
+    target_lse: Tensor  # [B, K + 1]
+    draft_lse: Tensor  # [B, K]
+    flags: Tensor  # int32 [B, K + 1]
+
+
+def verify(
+    target_logits: Tensor,
+    draft_logits: Tensor | None,
+    draft_ids: Tensor,
+    *,
+    method: str = "token",
+    tree: Tensor | None = None,
+    num_drafted: int | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    draft_temperature: float | Tensor | None = None,
+    draft_top_k: int | Tensor | None = None,
+    draft_top_p: float | Tensor | None = None,
+    draft_min_p: float | Tensor | None = None,
+    logit_bias: Tensor | None = None,
+    lenience: tuple[str, float] | None = None,
+    tv_budget: float | None = None,
+    typical: tuple[float, float] | None = None,
+    seed: int | Tensor,
+    position: int | Tensor,
+    impl: str = "auto",
+) -> VerifyResult:
+    """Accepts a prefix of each request's drafted tokens and samples the token that follows it.
+
+    Args:
+        target_logits: `[B, K + 1, V]`, any strides: row i is the target's of the token at offset i.
+            fp32, bf16, fp16; fp64 on the reference.
+        draft_logits: `[B, K, V]` of the same dtype: the rows that the drafted tokens were sampled
+            from, by the draft's warpers; or None for a draft that does not sample (greedy, n-gram).
+        draft_ids: int64 or int32 `[B, K]`, -1 in slots without a token.
+        method: "token" or "block", which leave the target's law as it is, or "typical".
+        tree: for methods on trees, none of which is built yet.
+        num_drafted: slots from here on are not looked at; an int or one a request, 0 to K (all K).
+        temperature, top_k, top_p, min_p: the target's warpers, a number or one a request, applied
+            in this order; temperature 0 is greedy, and `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+        draft_temperature, draft_top_k, draft_top_p, draft_min_p: the draft's; None: the target's.
+        logit_bias: `[V]` or `[B, V]`, added to the target's logits before anything else.
+        lenience: for "token", ("linear", e), ("square", e), ("exponential", e) or ("ensemble", w).
+        tv_budget: for "token", the total variation that may be spent at each position, 0 to 1.
+        typical: for "typical", (epsilon, alpha); (0.3, 0.09).
+        seed: an int or one a request.
+        position: tokens committed when the block starts, an int or one a request. Never repeats
+            for a seed: a repeated position repeats its coins.
+        impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
+
+    Returns:
+        VerifyResult:
+            tokens: the accepted tokens and one more, then -1.
+            num_accepted: how many of them were drafted.
+            logprobs: log-probabilities of the emitted tokens under the target's warped rows.
+            overlap: sum min(p, q), the probability that "token" accepts.
+            bias: total variation of the emitted token's law from p; 0 for lossless methods.
+            target_lse, draft_lse: log-normalisers of the warped rows.
+            flags: of each row, the sum of BAD_ID (1), BAD_TARGET (2), BAD_DRAFT (4) and IMPOSSIBLE
+                (8): what ended the drafted block before its rejection or its end.
+
+        Numbers of rows that were not evaluated are NaN. No result requires grad.
+
+    Raises:
+        ValueError, TypeError: for an argument that cannot be right, and for what is not built; the
+            message names the value and the fix. Where values cannot be read for free (under
+            compile, on a GPU) an id out of range ends the block and raises its flag.
+        RuntimeError: the logits carry a forward-mode tangent, which would be lost; detach them
+            outside the transform.
+    """
+    call = _verify_call.prepare(
+        OP.name,
+        target_logits,
+        draft_logits,
+        draft_ids,
+        _verify_call.rule_of(method, tree, lenience, tv_budget, typical),
+        impl,
+        num_drafted=num_drafted,
+        warpers=[
+            ("temperature", temperature),
+            ("top_k", top_k),
+            ("top_p", top_p),
+            ("min_p", min_p),
+            ("draft_temperature", draft_temperature),
+            ("draft_top_k", draft_top_k),
+            ("draft_top_p", draft_top_p),
+            ("draft_min_p", draft_min_p),
+        ],
+        logit_bias=logit_bias,
+        seed=seed,
+        position=position,
+    )
+    if forward_ad._current_level >= 0:
+        given = (target_logits, draft_logits, logit_bias)
+        compiling = torch.compiler.is_compiling()
+        if compiling or any(x is not None and _rows.has_tangent(x) for x in given):
+            raise RuntimeError(_NO_TANGENT)
+    wrapped = not torch.compiler.is_compiling() and any(
+        x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in call.inputs
+    )
+    if wrapped:
+        found: tuple[Tensor, ...] = _Verify.apply(*call.inputs, call.rule, call.backend)  # type: ignore[no-untyped-call]
+        return VerifyResult(*found)
+    return VerifyResult(*_forward(*call))
+
+
+_NO_TANGENT = (
+    "pydistill.verify has no derivatives, and the logits' tangent would be lost; call it outside"
+    " the forward-mode transform."
+)
+
+
+def _forward(inputs: Inputs, rule: Rule, backend: str) -> Outputs:
+    target = inputs.target
+    if backend == "reference":
+        dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
+        found = verify_reference(inputs, rule)
+        return Outputs(*(x.to(dtype) if x.is_floating_point() else x for x in found))
+    batch, slots = inputs.ids.shape
+    device = target.device
+    tokens = torch.empty((batch, slots + 1), dtype=torch.int64, device=device)
+    rows = torch.empty((batch, slots + 1), dtype=torch.float32, device=device)
+    drafted = torch.empty((batch, slots), dtype=torch.float32, device=device)
+    outputs = Outputs(
+        tokens,
+        tokens.new_empty(batch),
+        rows,
+        drafted,
+        torch.empty_like(drafted),
+        torch.empty_like(rows),
+        torch.empty_like(drafted),
+        torch.empty_like(rows, dtype=torch.int32),
+    )
+    _registry.overload("verify_fwd", backend)(*inputs, *rule, *outputs)
+    return outputs
+
+
+def verify_fwd(*args: Any) -> None:
+    """The reference as an `out` kernel, for torch's dispatcher."""
+    inputs, rule, outputs = Inputs(*args[:8]), Rule(*args[8:12]), args[12:]
+    for out, value in zip(outputs, verify_reference(inputs, rule), strict=True):
+        out.copy_(value)
+
+
+_registry.kernel(
+    OP,
+    "verify_fwd",
+    "(Tensor target, Tensor? draft, Tensor ids, Tensor num_drafted, Tensor warpers, Tensor seed,"
+    " Tensor position, Tensor? logit_bias, int method, int lenience, float strength, float alpha,"
+    " Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) logprobs, Tensor(d!) overlap,"
+    " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags) -> ()",
+    verify_fwd,
+)
+
+
+class _Verify(torch.autograd.Function):
+    """`_forward` under transforms. Not differentiable: a gradient is none, a tangent an error."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(_forward(Inputs(*args[:8]), *args[8:]))
+
+    @staticmethod
+    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * 10
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(_NO_TANGENT)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        given, batch = Inputs(*args[:8]), info.batch_size
+        requests = given.target.shape[0 if in_dims[0] != 0 else 1]
+        if in_dims[0] is None:
+            requests = given.target.shape[0]
+        merged = []
+        for name, x, dim in zip(Inputs._fields, given, in_dims, strict=False):
+            if x is not None and name in ("warpers", "seed", "logit_bias"):
+                # One row for all becomes one a request, where the rows of the batch differ.
+                x = x if dim is None else x.movedim(dim, 0)
+                width = x.shape[1:] if dim is None else x.shape[2:]
+                x = x if dim is not None else x[None]
+                x = x.expand(batch, requests, *width).reshape(-1, *width)
+            elif x is not None:
+                x = _rows.lead(x, dim, batch)
+            merged.append(x)
+        found = _Verify.apply(*merged, *args[8:])  # type: ignore[no-untyped-call]
+        return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 8

@@ -1,0 +1,165 @@
+"""The exact law of what `verify` emits, by enumeration: every drafted sequence, with each coin
+integrated out through the odds and the weights that the reference itself decides by.
+
+A `World` is a target and a draft: for every prefix of drafted tokens a row of logits of each. Its
+law is a table over the first K + 1 tokens that are committed, the ones after the block drawn from
+the target. Warpers are written out once more here, token by token in Python's floats.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pydistill.ops import _verify_call
+from pydistill.reference import verify as reference
+
+Row = list[float]
+WARPERS = ("temperature", "top_k", "top_p", "min_p")
+
+
+def by_hand(row: Sequence[float], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+            min_p: float = 0.0) -> Row:  # fmt: skip
+    """The warped distribution of one row of logits."""
+    largest = max(row)
+    if temperature == 0:
+        return [float(i == row.index(largest)) for i in range(len(row))]
+    mass = [math.exp((x - largest) / temperature) for x in row]
+    if top_k:
+        cut = sorted(row, reverse=True)[min(top_k, len(row)) - 1]
+        mass = [m if x >= cut else 0.0 for m, x in zip(mass, row, strict=True)]
+    if top_p < 1:
+        whole = math.fsum(mass)
+        above = [math.fsum(m for m, y in zip(mass, row, strict=True) if y > x) for x in row]
+        mass = [m if a < top_p * whole else 0.0 for m, a in zip(mass, above, strict=True)]
+    if min_p:
+        mass = [m if m >= min_p * (1 - 1e-12) else 0.0 for m in mass]
+    whole = math.fsum(mass)
+    return [m / whole for m in mass]
+
+
+@dataclass
+class World:
+    vocab: int
+    slots: int
+    target: Callable[[tuple[int, ...]], Row]
+    draft: Callable[[tuple[int, ...]], Row] | Callable[[tuple[int, ...]], int]  # a token: one-hot
+    options: dict[str, Any] = field(default_factory=dict)  # of `verify`
+    drafted: int | None = None
+    known: dict[tuple[int, ...], Row] = field(default_factory=dict)  # p of a prefix
+
+    def warpers(self, prefix: str = "") -> dict[str, Any]:
+        own = {name: self.options.get(name) for name in WARPERS}
+        if prefix:
+            own = {n: self.options.get(prefix + n, value) for n, value in own.items()}
+        return {name: value for name, value in own.items() if value is not None}
+
+    def p(self, prefix: tuple[int, ...]) -> Row:
+        if prefix not in self.known:
+            self.known[prefix] = self._p(prefix)
+        return self.known[prefix]
+
+    def _p(self, prefix: tuple[int, ...]) -> Row:
+        bias = self.options.get("logit_bias")
+        row = self.target(prefix)
+        if bias is not None:
+            row = [x + b for x, b in zip(row, bias.tolist(), strict=True)]
+        return by_hand(row, **self.warpers())
+
+    def q(self, prefix: tuple[int, ...]) -> Row:
+        row = self.draft(prefix)
+        if isinstance(row, int):
+            return [float(i == row) for i in range(self.vocab)]
+        return by_hand(row, **self.warpers("draft_"))
+
+
+@dataclass
+class Law:
+    tokens: Tensor  # [V, ..., V], K + 1 times
+    truth: Tensor
+    accepted: Tensor  # [K + 1], of the number of accepted tokens
+    first_bias: float | None  # what is reported at offset 0
+
+    @property
+    def error(self) -> float:
+        return float((self.tokens - self.truth).abs().max())
+
+    @property
+    def mean(self) -> float:
+        return float((self.accepted * torch.arange(len(self.accepted))).sum())
+
+    def first_distance(self) -> float:
+        """Total variation between the law of the first token and the target's."""
+        rest = tuple(range(1, self.tokens.ndim))
+        return float((self.tokens - self.truth).sum(rest).abs().sum() / 2)
+
+
+def law(world: World, rule: reference.Rule) -> Law:
+    v, k = world.vocab, world.slots
+    sequences = list(itertools.product(range(v), repeat=k))
+    drafted = k if world.drafted is None else world.drafted
+    odds = [math.prod(world.q(s[:i])[s[i]] for i in range(drafted)) for s in sequences]
+    # Slots behind the drafted ones hold anything: once is enough.
+    odds = [0.0 if any(s[drafted:]) else o for o, s in zip(odds, sequences, strict=True)]
+    kept = [(s, o) for s, o in zip(sequences, odds, strict=True) if o > 0]
+    sequences, odds = [s for s, _ in kept], [o for _, o in kept]
+    inputs = _inputs(world, sequences)
+    d = reference.distributions(inputs)
+    length, _ = reference.usable(inputs, d)
+    tests = reference.slot_tests(d, inputs.ids, length, rule)
+    slot = torch.arange(k)
+    passes = torch.where(slot < length[:, None], (tests.num / tests.den).clamp(0, 1), 0)
+    fails = 1 - passes
+    tokens = torch.zeros((v,) * (k + 1), dtype=torch.float64)
+    accepted = torch.zeros(k + 1, dtype=torch.float64)
+    for n in range(k + 1):
+        if reference.METHODS[rule.method] == "block":  # the last slot that passes
+            chance = fails[:, n:].prod(-1) * (passes[:, n - 1] if n else 1)
+        else:  # up to the first that fails
+            chance = passes[:, :n].prod(-1) * (fails[:, n] if n < k else 1)
+        count = torch.full_like(length, n)
+        weights = reference.final_weights(d, tests, count, length, rule)
+        chance = chance * torch.tensor(odds, dtype=torch.float64)
+        accepted[n] += chance.sum()
+        y = weights / weights.sum(-1, keepdim=True)
+        for s, each, row in zip(sequences, chance.tolist(), y.tolist(), strict=True):
+            for token in range(v):
+                if each * row[token] > 0:
+                    _complete(world, tokens, (*s[:n], token), each * row[token])
+    truth = torch.zeros_like(tokens)
+    _complete(world, truth, (), 1.0)
+    first = float(tests.bias[0, 0]) if k else None
+    return Law(tokens, truth, accepted, first)
+
+
+def _complete(world: World, table: Tensor, prefix: tuple[int, ...], mass: float) -> None:
+    """Adds the mass of a prefix, continued by the target, to the table."""
+    if len(prefix) == table.ndim:
+        table[prefix] += mass
+        return
+    for token, p in enumerate(world.p(prefix)):
+        if p > 0:
+            _complete(world, table, (*prefix, token), mass * p)
+
+
+def _inputs(world: World, sequences: list[tuple[int, ...]]) -> reference.Inputs:
+    k = world.slots
+    prefixes = [[s[:i] for i in range(k + 1)] for s in sequences]
+    target = torch.tensor([[world.target(p) for p in row] for row in prefixes], dtype=torch.float64)
+    pointed = isinstance(world.draft(()), int)
+    draft = None if pointed else torch.tensor(
+        [[world.draft(p) for p in row[:-1]] for row in prefixes], dtype=torch.float64
+    ).reshape(len(sequences), k, world.vocab)  # fmt: skip
+    ids = torch.tensor(sequences, dtype=torch.int64).reshape(len(sequences), k)
+    options = world.options
+    call = _verify_call.prepare(
+        "verify", target, draft, ids,
+        reference.Rule(0), "reference", num_drafted=world.drafted,
+        warpers=[(p + n, options.get(p + n)) for p in ("", "draft_") for n in WARPERS],
+        logit_bias=options.get("logit_bias"), seed=0, position=0,
+    )  # fmt: skip
+    return call.inputs
