@@ -1,0 +1,417 @@
+// Verification of a drafted block: which tokens are accepted, and the token that follows them.
+// docs/ops/verify.md has the maths.
+//
+// A request walks its slots: the target's row, the draft's row, and once both are known one pass
+// over the two in cache that sums min(p, q) and what is left of p, block by block. So sampling has
+// no pass of its own: the sums of the blocks are walked, and one block is opened. Odds are fp64;
+// only sums of whole blocks are fp32.
+#include "cpu/verify_warp-inl.h"
+
+namespace pd::PD_NAMESPACE {
+namespace {
+
+// A uniform number in [0, 1) by Philox4x32-10.
+inline double Coin(int64_t seed, int64_t position, int64_t slot, VerifyStream stream) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  uint32_t c[4] = {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
+                   static_cast<uint32_t>(slot), static_cast<uint32_t>(stream)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t x = uint64_t{0xD2511F53} * c[0], y = uint64_t{0xCD9E8D57} * c[2];
+    c[0] = static_cast<uint32_t>(y >> 32) ^ c[1] ^ k0;
+    c[2] = static_cast<uint32_t>(x >> 32) ^ c[3] ^ k1;
+    c[1] = static_cast<uint32_t>(y), c[3] = static_cast<uint32_t>(x);
+    k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+  }
+  return double((uint64_t{c[0] >> 5} << 26) + (c[1] >> 6)) * 0x1p-53;
+}
+
+// A slot that was read. The residual is [scale p - q]+.
+struct Slot {
+  Warped p, q;
+  double* residual;  // its mass in each block; unused where p is a point
+  double scale = 1, px = 0, qx = 0, overlap = 0, rest = 0, bias = 0;
+};
+static_assert(sizeof(Slot) <= kVerifySlotBytes && std::is_trivially_destructible_v<Slot>);
+
+// p and q of two rows, and their residual.
+struct Pair {
+  explicit Pair(const Slot& s)
+      : p(s.p),
+        q(s.q),
+        by_p(Set(static_cast<float>(1 / s.p.total))),
+        by_q(Set(static_cast<float>(1 / s.q.total))),
+        scale(Set(static_cast<float>(s.scale))) {}
+  PD_INLINE V P(V x) const { return p(x) * by_p; }
+  PD_INLINE V Q(V x) const { return q(x) * by_q; }
+  PD_INLINE V Residual(V px, V qx) const { return Max(scale * px - qx, Set(0.0f)); }
+  WeightAt p, q;
+  V by_p, by_q, scale;
+};
+
+// min(p, q) and the residual of both rows, and as `extra` a sum of extra(x, px, qx) of the caller's
+// choice, x being the target's logit.
+template <class Extra>
+PD_INLINE double Compare(Slot& s, VerifySpread spread, const Search& search, const Extra& extra) {
+  const int64_t blocks = (s.p.place.vocab + kBlock - 1) / kBlock;
+  const Pair pair(s);
+  double *overlaps = search.counts, *extras = search.masses;
+  Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
+    Reader target(s.p.place), draft(s.q.place);
+    for (int64_t b = begin; b < end; ++b) {
+      const float *xp = target.Block(b), *xq = draft.Block(b);
+      V same[2] = {Set(0.0f), Set(0.0f)}, left[2] = {same[0], same[0]},
+        more[2] = {same[0], same[0]};
+      for (int64_t i = 0; i < target.Width(b); i += 2 * kLanes) {
+        for (int u = 0; u < 2; ++u) {
+          const V x = Load(xp + i + u * kLanes);
+          const V p = pair.P(x), q = pair.Q(Load(xq + i + u * kLanes));
+          same[u] = same[u] + Min(p, q);
+          left[u] = left[u] + pair.Residual(p, q);
+          more[u] = more[u] + extra(x, p, q);
+        }
+      }
+      overlaps[b] = Sum(same[0] + same[1]);
+      s.residual[b] = Sum(left[0] + left[1]);
+      extras[b] = Sum(more[0] + more[1]);
+    }
+  });
+  s.overlap = SumOf(overlaps, blocks);
+  s.rest = SumOf(s.residual, blocks);
+  return SumOf(extras, blocks);
+}
+
+// The weights that a token is drawn from, by id: those of p, or a slot's residual.
+class Weights {
+ public:
+  Weights(const Slot& slot, bool residual)
+      : slot_(slot), residual_(residual), target_(slot.p.place) {}
+
+  const double* Sums() const { return residual_ ? slot_.residual : slot_.p.masses; }
+
+  // Of one block, to `out`; returns its number of columns.
+  int64_t Block(int64_t block, float* out) {
+    const WeightAt weight(slot_.p);
+    const float* x = target_.Block(block);
+    const int64_t width = target_.Width(block), point = slot_.q.point - block * kBlock;
+    if (!residual_ || slot_.q.point >= 0) {
+      for (int64_t i = 0; i < width; i += kLanes) Store(weight(Load(x + i)), out + i);
+      if (residual_ && point >= 0 && point < width) out[point] = 0;
+    } else {
+      const Pair pair(slot_);
+      Reader draft(slot_.q.place);
+      const float* y = draft.Block(block);
+      for (int64_t i = 0; i < width; i += kLanes) {
+        Store(pair.Residual(pair.P(Load(x + i)), pair.Q(Load(y + i))), out + i);
+      }
+    }
+    return target_.Columns(block);
+  }
+
+ private:
+  const Slot& slot_;
+  bool residual_;
+  Reader target_;
+};
+
+// The first id whose cumulative weight exceeds coin times the sum; the last of positive weight
+// where rounding leaves none.
+inline int64_t Draw(const Slot& slot, bool residual, double coin) {
+  if (slot.p.point >= 0) return slot.p.point;
+  const int64_t blocks = (slot.p.place.vocab + kBlock - 1) / kBlock;
+  Weights weights(slot, residual);
+  const double* sums = weights.Sums();
+  const double bound = coin * SumOf(sums, blocks);
+  double sum = 0, before = 0;
+  int64_t block = 0;
+  for (int64_t b = 0; b < blocks && sum <= bound; ++b) {
+    if (!(sums[b] > 0)) continue;
+    block = b, before = sum;
+    sum += sums[b];
+  }
+  alignas(64) float w[kBlock];
+  const int64_t n = weights.Block(block, w);
+  sum = before;
+  int64_t last = -1;
+  for (int64_t i = 0; i < n; ++i) {
+    if (!(w[i] > 0)) continue;
+    sum += w[i], last = i;
+    if (sum > bound) break;
+  }
+  if (last < 0) {  // the block's mass is below fp32's range beside the row's: its likeliest token
+    Reader reader(slot.p.place);
+    const float* x = reader.Block(block);
+    last = std::max_element(x, x + n) - x;
+  }
+  return block * kBlock + last;
+}
+
+class Request {
+ public:
+  Request(const VerifyArgs& a, int64_t index, VerifySpread spread, float* scratch)
+      : a_(a), index_(index), spread_(spread), blocks_(verify_blocks(a)) {
+    double* numbers = reinterpret_cast<double*>(scratch);
+    search_.counts = numbers, numbers += kVerifyPivots * blocks_;
+    search_.masses = numbers, numbers += kVerifyPivots * blocks_;
+    masses_ = numbers, numbers += (a.slots + 1) * kVerifyBlockNumbers * blocks_;
+    slots_ = reinterpret_cast<Slot*>(numbers);
+    search_.candidates = reinterpret_cast<float*>(slots_ + a.slots + 1);
+    warpers_ = a.warpers + index * a.warper_step;
+    seed_ = a.seed[index * a.seed_step];
+    position_ = a.position[index];
+    drafted_ = a.num_drafted[index] < a.slots ? a.num_drafted[index] : a.slots;
+  }
+
+  void Run() {
+    Clear();
+    int64_t read = 0;  // slots whose rows of the target are known
+    int64_t length = 0;
+    double ratio = 1;  // of the whole prefix, for `block`
+    const bool whole = a_.method == kVerifyBlock;
+    bool rejected = false;
+    for (; length < drafted_ && !rejected; ++length) {
+      Slot& s = slots_[length];
+      const int32_t fault = Open(s, length, read);
+      if (fault != 0) {
+        if (fault != kNoToken) a_.flags[index_ * (a_.slots + 1) + length] = fault;
+        break;
+      }
+      if (whole) {
+        s.scale = ratio;
+        Weigh(s);
+        const bool sure = s.rest == 0 && ratio == 1;
+        const double den = s.rest + 1 - ratio;
+        if (length > 0 && Flip(length - 1, sure ? 1 : s.rest, sure ? 1 : den)) accepted_ = length;
+        ratio = std::fmin(1.0, ratio * s.px / s.qx);
+      } else {
+        const double odds = Weigh(s);
+        rejected = !Flip(length, odds, a_.method == kVerifyTypical ? 1 : s.qx);
+        accepted_ += !rejected;
+      }
+      Report(s, length);
+    }
+    if (whole && length > 0 && Flip(length - 1, ratio, 1)) accepted_ = length;
+    Finish(read, length);
+  }
+
+ private:
+  static constexpr int32_t kNoToken = -1;
+
+  int64_t At(int64_t row) const { return index_ * (a_.slots + 1) + row; }
+  int64_t DraftAt(int64_t slot) const { return index_ * a_.slots + slot; }
+
+  void Clear() {
+    for (int64_t i = 0; i <= a_.slots; ++i) {
+      a_.tokens[At(i)] = -1, a_.flags[At(i)] = 0;
+      a_.logprobs[At(i)] = a_.target_lse[At(i)] = NAN;
+      if (i < a_.slots) a_.overlap[DraftAt(i)] = a_.tv[DraftAt(i)] = a_.draft_lse[DraftAt(i)] = NAN;
+    }
+  }
+
+  Place PlaceOf(const VerifyRows& rows, int64_t row, const float* bias) const {
+    const int64_t at = index_ * rows.request_stride + row * rows.row_stride;
+    return {rows.data + at * ElementSize(a_.dtype), a_.dtype, bias, a_.vocab};
+  }
+
+  // The target's row of a slot, once.
+  void OpenTarget(Slot& s, int64_t slot, int64_t& read) {
+    if (slot < read) return;
+    double* masses = masses_ + slot * kVerifyBlockNumbers * blocks_;
+    new (&s) Slot{};
+    s.residual = masses + 2 * blocks_;
+    const float* bias = a_.bias == nullptr ? nullptr : a_.bias + index_ * a_.bias_step;
+    s.p = Warp(PlaceOf(a_.target, slot, bias), warpers_, spread_, masses, search_);
+    read = slot + 1;
+  }
+
+  // Both rows of a slot; 0, kNoToken or the flag of what is wrong with it.
+  int32_t Open(Slot& s, int64_t slot, int64_t& read) {
+    const int64_t id = a_.ids[DraftAt(slot)];
+    if (id < 0 || id >= a_.vocab) return id == -1 ? kNoToken : kBadId;
+    OpenTarget(s, slot, read);
+    if (!s.p.sound) return kBadTarget;
+    if (a_.draft.data == nullptr || warpers_[kTemperature] == 0 ||
+        warpers_[kWarpers + kTemperature] == 0) {
+      s.q.point = id;
+    } else {
+      double* masses = masses_ + (slot * kVerifyBlockNumbers + 1) * blocks_;
+      s.q = Warp(PlaceOf(a_.draft, slot, nullptr), warpers_ + kWarpers, spread_, masses, search_);
+      if (!s.q.sound) return kBadDraft;
+    }
+    s.px = ProbabilityOf(s.p, id), s.qx = ProbabilityOf(s.q, id);
+    return s.qx > 0 ? 0 : kImpossible;
+  }
+
+  bool Flip(int64_t slot, double num, double den) const {
+    return Coin(seed_, position_, slot, kAcceptStream) * den < num;
+  }
+
+  // The comparison of a slot's rows; returns what its coin is tested against.
+  double Weigh(Slot& s) {
+    if (a_.method == kVerifyTypical) return WeighTypical(s);
+    if (s.q.point >= 0) {
+      AgainstPoint(s);
+      const double odds = Odds(s);
+      s.bias = std::fmin(1.0, odds) - s.px;
+      if (a_.method == kVerifyBlock || a_.lenience == kStrict) s.bias = 0;
+      return odds;
+    }
+    const V factor = Set(static_cast<float>(std::fmin(Factor(), 1e38))),
+            e = Set(static_cast<float>(a_.strength));
+    const V floor = Set(-105.0f), log_total = Set(static_cast<float>(std::log(s.p.total)));
+    const WeightAt weight(s.p);
+    if (a_.lenience == kLinear || a_.lenience == kSquare) {
+      s.bias = Compare(s, spread_, search_, [&](V, V p, V q) PD_INLINE_LAMBDA {
+        return Min(q, factor * p) - Min(q, p);
+      });
+    } else if (a_.lenience == kExponential) {
+      s.bias = Compare(s, spread_, search_, [&](V x, V p, V q) PD_INLINE_LAMBDA {
+        const V power = ExpNonPositive(e * Max(weight.Distance(x) - log_total, floor));
+        return Max(Min(q, Where(Lt(Set(0.0f), p), power)) - Min(q, p), Set(0.0f));
+      });
+    } else {
+      Compare(s, spread_, search_, [](V, V, V) PD_INLINE_LAMBDA { return Set(0.0f); });
+      s.bias = a_.lenience == kStrict ? 0 : (1 - Weight(s.rest)) * s.rest;
+    }
+    return Odds(s);
+  }
+
+  double Factor() const {
+    return a_.lenience == kSquare ? 1 / (a_.strength * a_.strength) : 1 / a_.strength;
+  }
+
+  // Of the target in an ensemble; `rest` is the residual mass.
+  double Weight(double rest) const {
+    if (a_.lenience == kEnsemble) return a_.strength;
+    return rest > a_.strength ? 1 - a_.strength / rest : 0;
+  }
+
+  // f of the drafted token.
+  double Odds(const Slot& s) const {
+    switch (a_.lenience) {
+      case kLinear:
+      case kSquare:
+        return s.px * Factor();
+      case kExponential:
+        return s.px > 0 ? std::pow(s.px, a_.strength) : 0;
+      case kEnsemble:
+      case kTvBudget:
+        return Weight(s.rest) * s.px + (1 - Weight(s.rest)) * s.qx;
+      default:
+        return s.px;
+    }
+  }
+
+  // min(p, q) and the residual where q is a point: no pass, but for the point's own block.
+  void AgainstPoint(Slot& s) {
+    s.overlap = s.px;
+    if (s.p.point >= 0) {
+      s.rest = s.scale * (1 - s.px);
+      return;
+    }
+    for (int64_t b = 0; b < blocks_; ++b) s.residual[b] = s.p.masses[b];
+    alignas(64) float w[kBlock];
+    const int64_t block = s.q.point / kBlock;
+    const int64_t n = Weights(s, true).Block(block, w);
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += w[i];
+    s.residual[block] = sum;
+    s.rest = s.scale * SumOf(s.residual, blocks_) / s.p.total;
+  }
+
+  // 1 where the drafted token is likely enough, else 0; the bias is 1/2 sum |q 1_S - q(S) p|.
+  double WeighTypical(Slot& s) {
+    if (s.p.point >= 0) {
+      const double bound = std::fmin(a_.strength, a_.alpha);  // the entropy is 0
+      const bool kept = s.px > bound;
+      AgainstPoint(s);
+      s.bias = kept ? 1 - s.px : 0;
+      return kept;
+    }
+    const double entropy = Entropy(s.p);
+    const double bound = std::fmin(a_.strength, a_.alpha * std::exp(-entropy));
+    const bool kept = s.px > bound;
+    if (s.q.point >= 0) {
+      AgainstPoint(s);
+      s.bias = kept ? s.rest : 0;
+      return kept;
+    }
+    const V least = Set(static_cast<float>(bound));
+    const double drafted = Compare(
+        s, spread_, search_, [&](V, V p, V q) PD_INLINE_LAMBDA { return Where(Lt(least, p), q); });
+    const V mass = Set(static_cast<float>(drafted)), half = Set(0.5f);
+    s.bias = Compare(s, spread_, search_, [&](V, V p, V q) PD_INLINE_LAMBDA {
+      return half * Abs(Where(Lt(least, p), q) - mass * p);
+    });
+    return kept;
+  }
+
+  double Entropy(const Warped& w) {
+    const WeightAt weight(w);
+    Spread(spread_, blocks_, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
+      Reader reader(w.place);
+      for (int64_t b = begin; b < end; ++b) {
+        const float* x = reader.Block(b);
+        V sum[2] = {Set(0.0f), Set(0.0f)};
+        for (int64_t i = 0; i < reader.Width(b); i += 2 * kLanes) {
+          for (int u = 0; u < 2; ++u) {
+            const V logit = Load(x + i + u * kLanes);
+            const V depth = Max(weight.Distance(logit), Set(-105.0f));
+            sum[u] = Fnma(weight(logit), depth, sum[u]);
+          }
+        }
+        search_.counts[b] = Sum(sum[0] + sum[1]);
+      }
+    });
+    return std::log(w.total) + SumOf(search_.counts, blocks_) / w.total;
+  }
+
+  void Report(const Slot& s, int64_t slot) {
+    a_.overlap[DraftAt(slot)] = static_cast<float>(s.overlap);
+    a_.tv[DraftAt(slot)] = static_cast<float>(s.bias);
+    if (s.q.point < 0) a_.draft_lse[DraftAt(slot)] = static_cast<float>(s.q.LogNormaliser());
+    ReportTarget(s, slot);
+  }
+
+  void ReportTarget(const Slot& s, int64_t row) {
+    if (s.p.point < 0) a_.target_lse[At(row)] = static_cast<float>(s.p.LogNormaliser());
+  }
+
+  // The accepted tokens and the one that follows them; `length` slots were tested.
+  void Finish(int64_t read, int64_t length) {
+    a_.num_accepted[index_] = accepted_;
+    for (int64_t i = 0; i < accepted_; ++i) Emit(slots_[i], i, a_.ids[DraftAt(i)]);
+    Slot& s = slots_[accepted_];
+    const bool residual = accepted_ < length && a_.method != kVerifyTypical && s.rest > 0;
+    OpenTarget(s, accepted_, read);
+    if (!s.p.sound) {
+      a_.flags[At(accepted_)] |= kBadTarget;
+      return;
+    }
+    ReportTarget(s, accepted_);
+    Emit(s, accepted_, Draw(s, residual, Coin(seed_, position_, accepted_, kResampleStream)));
+  }
+
+  void Emit(const Slot& s, int64_t row, int64_t id) {
+    a_.tokens[At(row)] = id;
+    a_.logprobs[At(row)] = static_cast<float>(LogProbabilityOf(s.p, id));
+  }
+
+  const VerifyArgs& a_;
+  int64_t index_;
+  VerifySpread spread_;
+  int64_t blocks_;
+  Search search_;
+  double* masses_;  // [K + 1, kVerifyBlockNumbers, blocks]
+  Slot* slots_;     // [K + 1]
+  const double* warpers_;
+  int64_t seed_, position_, drafted_, accepted_ = 0;
+};
+
+}  // namespace
+
+void verify_requests(const VerifyArgs& a, int64_t begin, int64_t end, VerifySpread spread,
+                     float* scratch) {
+  for (int64_t i = begin; i < end; ++i) Request(a, i, spread, scratch).Run();
+}
+
+}  // namespace pd::PD_NAMESPACE

@@ -1,0 +1,69 @@
+// The torch-free face of the verification kernel. docs/ops/verify.md gives the maths.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/rows.h"
+
+namespace pd {
+
+// Numbers shared with every backend and with pydistill/reference/verify.py.
+enum VerifyMethod { kVerifyToken, kVerifyBlock, kVerifyTypical, kVerifyMethods };
+enum Lenience { kStrict, kLinear, kSquare, kExponential, kEnsemble, kTvBudget, kLeniences };
+enum VerifyFlag { kBadId = 1, kBadTarget = 2, kBadDraft = 4, kImpossible = 8 };
+enum VerifyStream { kAcceptStream = 0, kResampleStream = 1 };
+enum Warper { kTemperature, kTopK, kTopP, kLogMinP, kWarpers };
+
+// Rows of logits of B requests, distances in elements.
+struct VerifyRows {
+  const char* data;  // null: no rows
+  int64_t request_stride, row_stride;
+};
+
+struct VerifyArgs {
+  DType dtype;
+  int64_t slots, vocab;      // K and V
+  VerifyRows target, draft;  // [B, K + 1, V] and [B, K, V]
+  const int64_t *ids, *num_drafted, *position;
+  const int64_t* seed;    // [B], or [1] with seed_step 0
+  const double* warpers;  // [B, 2 kWarpers], or [1, ...] with warper_step 0
+  const float* bias;      // [B, V], or [1, V] with bias_step 0, or null
+  int64_t seed_step, warper_step, bias_step;
+  VerifyMethod method;
+  Lenience lenience;
+  double strength, alpha;
+
+  int64_t *tokens, *num_accepted;   // [B, K + 1] and [B]
+  float *logprobs, *target_lse;     // [B, K + 1]
+  float *overlap, *tv, *draft_lse;  // [B, K]
+  int32_t* flags;                   // [B, K + 1]
+};
+
+// Spreads the blocks of a row over threads: calls body(state, begin, end) until [0, blocks) is
+// covered. Null: one thread.
+using VerifySpread = void (*)(int64_t blocks, void (*body)(void* state, int64_t begin, int64_t end),
+                              void* state);
+
+// Requests [begin, end). `scratch` holds verify_scratch_bytes.
+using VerifyRequests = void (*)(const VerifyArgs&, int64_t begin, int64_t end, VerifySpread,
+                                float* scratch);
+extern const VerifyRequests verify_requests_table[];  // one a Capability
+
+inline constexpr int64_t kVerifyColumns = 1024;     // of a block
+inline constexpr int64_t kVerifyPivots = 7;         // of one pass that looks for a cut
+inline constexpr int64_t kVerifyCandidates = 1024;  // logits that are sorted to find it
+inline constexpr int64_t kVerifySlotBytes = 256;    // what else is kept of a slot
+inline constexpr int64_t kVerifyBlockNumbers = 3;   // a block and slot: two masses, one residual
+
+inline int64_t verify_blocks(const VerifyArgs& a) {
+  return (a.vocab + kVerifyColumns - 1) / kVerifyColumns;
+}
+
+inline int64_t verify_scratch_bytes(const VerifyArgs& a) {
+  const int64_t a_slot = kVerifyBlockNumbers * verify_blocks(a) * 8;
+  const int64_t passes = 2 * kVerifyPivots * verify_blocks(a) * 8;
+  return (a.slots + 1) * (a_slot + kVerifySlotBytes) + passes +
+         4 * (kVerifyCandidates + kVerifyColumns);
+}
+
+}  // namespace pd

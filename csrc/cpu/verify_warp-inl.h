@@ -1,0 +1,326 @@
+// A warped row of logits: its maximum, the cut of its filters, and the mass of every block of 1024
+// columns. docs/ops/verify.md has the definitions.
+//
+// Blocks are summed alone and added in order, so a row's numbers do not depend on how its blocks
+// were spread over threads.
+#if defined(PD_VERIFY_WARP_INL_H) == defined(PD_TOGGLE)
+#ifdef PD_VERIFY_WARP_INL_H
+#undef PD_VERIFY_WARP_INL_H
+#else
+#define PD_VERIFY_WARP_INL_H
+#endif
+
+#include "cpu/rows-inl.h"
+#include "cpu/verify.h"
+
+namespace pd::PD_NAMESPACE {
+namespace {
+
+static_assert(kBlock == kVerifyColumns);
+
+// A row in memory, and what is added to it.
+struct Place {
+  const char* data;
+  DType dtype;
+  const float* bias;  // or null
+  int64_t vocab;
+};
+
+// Opens blocks of a row, -inf behind its end.
+class Reader {
+ public:
+  explicit Reader(const Place& place) : place_(place), row_(place.data, place.dtype) {}
+
+  const float* Block(int64_t block) {
+    const int64_t begin = block * kBlock, n = Columns(block);
+    const float* x = row_.Block(begin, n);
+    if (place_.bias == nullptr) return x;
+    const float* bias = place_.bias + begin;
+    for (int64_t i = 0; i < n; ++i) sum_[i] = x[i] + bias[i];
+    for (int64_t i = n; i < Padded(n); ++i) sum_[i] = -INFINITY;
+    return sum_;
+  }
+
+  int64_t Columns(int64_t block) const {
+    const int64_t left = place_.vocab - block * kBlock;
+    return left < kBlock ? left : kBlock;
+  }
+
+  int64_t Width(int64_t block) const { return Padded(Columns(block)); }
+
+  void Prefetch(int64_t column) const { row_.Prefetch(column); }
+
+  float Element(int64_t i) const {
+    return row_.Element(i) + (place_.bias == nullptr ? 0.0f : place_.bias[i]);
+  }
+
+ private:
+  Place place_;
+  Row row_;
+  alignas(64) float sum_[kBlock];
+};
+
+// Blocks over threads, where there are enough of them to be worth it.
+template <class F>
+PD_INLINE void Spread(VerifySpread spread, int64_t blocks, const F& f) {
+  if (spread == nullptr || blocks < 32) return f(0, blocks);
+  spread(
+      blocks,
+      [](void* state, int64_t begin, int64_t end) { (*static_cast<const F*>(state))(begin, end); },
+      const_cast<F*>(&f));
+}
+
+// A token of logit x has probability exp(scale (x - max)) / total where x >= cut, else 0; or all of
+// it is at `point`.
+struct Warped {
+  Place place;
+  double* masses;  // exp(scale (x - max)), summed over each block
+  double scale = 1, total = 0;
+  float max = -INFINITY, cut = -INFINITY;
+  int64_t point = -1;
+  bool sound = true;
+
+  double Probability(float x) const { return x >= cut ? Weight(x) / total : 0.0; }
+  double Weight(float x) const { return std::exp(scale * (double(x) - max)); }
+  double LogNormaliser() const { return scale * max + std::log(total); }
+};
+
+// The probability of a token, and its logarithm.
+inline double ProbabilityOf(const Warped& w, int64_t id) {
+  if (w.point >= 0) return id == w.point;
+  return w.Probability(Reader(w.place).Element(id));
+}
+
+inline double LogProbabilityOf(const Warped& w, int64_t id) {
+  if (w.point >= 0) return id == w.point ? 0.0 : -INFINITY;
+  const float x = Reader(w.place).Element(id);
+  return x >= w.cut ? w.scale * (double(x) - w.max) - std::log(w.total) : -INFINITY;
+}
+
+// exp(scale (x - max)) of what is kept.
+struct WeightAt {
+  explicit WeightAt(const Warped& w)
+      : scale(Set(static_cast<float>(w.scale))), max(Set(w.max)), cut(Set(w.cut)) {}
+  PD_INLINE V Distance(V x) const { return scale * (x - max); }
+  PD_INLINE V operator()(V x) const { return Where(Le(cut, x), ExpNonPositive(Distance(x))); }
+  V scale, max, cut;
+};
+
+inline double SumOf(const double* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+// What kernels keep of a row while they look for its cut.
+struct Search {
+  double* counts;     // [blocks, kVerifyPivots]
+  double* masses;     // the same
+  float* candidates;  // [kVerifyCandidates + a block]
+};
+
+// The one read of memory: maximum and mass of a row without filters.
+inline void ReadRow(Warped& w, VerifySpread spread, double* maxima) {
+  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const V scale = Set(static_cast<float>(w.scale));
+  Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
+    Reader reader(w.place);
+    for (int64_t b = begin; b < end; ++b) {
+      const float* x = reader.Block(b);
+      const int64_t width = reader.Width(b);
+      V top[4] = {Set(-INFINITY), Set(-INFINITY), Set(-INFINITY), Set(-INFINITY)};
+      for (int64_t i = 0; i < width; i += 4 * kLanes) {
+        for (int u = 0; u < 4; ++u) top[u] = Max(Load(x + i + u * kLanes), top[u]);
+      }
+      const float max = MaxOf(Max(Max(top[0], top[1]), Max(top[2], top[3])));
+      const V about = Set(max == -INFINITY ? 0.0f : max);  // NaN passes Max and shows in the sum
+      V sum[4] = {Set(0.0f), Set(0.0f), Set(0.0f), Set(0.0f)};
+      for (int64_t i = 0; i < width; i += 4 * kLanes) {
+        reader.Prefetch((b + 1) * kBlock + i);
+        reader.Prefetch((b + 1) * kBlock + i + 2 * kLanes);
+        for (int u = 0; u < 4; ++u) {
+          sum[u] = sum[u] + ExpNonPositive(scale * (Load(x + i + u * kLanes) - about));
+        }
+      }
+      maxima[b] = max;
+      w.masses[b] = Sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+  });
+  double max = -INFINITY;
+  for (int64_t b = 0; b < blocks; ++b) {
+    max = maxima[b] > max ? maxima[b] : max;
+    w.sound = w.sound && !std::isnan(w.masses[b]);
+  }
+  w.sound = w.sound && std::isfinite(max);
+  if (!w.sound) return;
+  w.max = static_cast<float>(max);
+  for (int64_t b = 0; b < blocks; ++b) {
+    w.masses[b] *= maxima[b] == -INFINITY ? 0.0 : std::exp(w.scale * (maxima[b] - max));
+  }
+  w.total = SumOf(w.masses, blocks);
+}
+
+// Masses of the blocks once the cut is known.
+inline void SumKept(Warped& w, VerifySpread spread) {
+  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const WeightAt weight(w);
+  Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
+    Reader reader(w.place);
+    for (int64_t b = begin; b < end; ++b) {
+      const float* x = reader.Block(b);
+      const int64_t width = reader.Width(b);
+      V sum[4] = {Set(0.0f), Set(0.0f), Set(0.0f), Set(0.0f)};
+      for (int64_t i = 0; i < width; i += 4 * kLanes) {
+        for (int u = 0; u < 4; ++u) sum[u] = sum[u] + weight(Load(x + i + u * kLanes));
+      }
+      w.masses[b] = Sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+  });
+  w.total = SumOf(w.masses, blocks);
+}
+
+// Floats in their order as integers, and back.
+inline int64_t OrderOf(float x) {
+  int32_t bits;
+  x += 0.0f;
+  std::memcpy(&bits, &x, 4);
+  return bits >= 0 ? bits : -int64_t(bits & 0x7fffffff);
+}
+
+inline float FloatAt(int64_t order) {
+  const uint32_t bits =
+      order >= 0 ? static_cast<uint32_t>(order) : static_cast<uint32_t>(-order) | 0x80000000u;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// Counts and masses above each pivot, pivots rising, of what the row keeps; sums over all blocks.
+inline void PassPivots(const Warped& w, VerifySpread spread, const float* pivots, const Search& s,
+                       double* count, double* mass) {
+  constexpr int64_t kP = kVerifyPivots;
+  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const WeightAt weight(w);
+  Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
+    Reader reader(w.place);
+    const V one = Set(1.0f);
+    for (int64_t b = begin; b < end; ++b) {
+      const float* at = reader.Block(b);
+      V counts[kP], masses[kP], bounds[kP];
+      for (int64_t j = 0; j < kP; ++j) {
+        counts[j] = masses[j] = Set(0.0f), bounds[j] = Set(pivots[j]);
+      }
+      for (int64_t i = 0; i < reader.Width(b); i += kLanes) {
+        const V x = Load(at + i), e = weight(x);
+        for (int64_t j = 0; j < kP; ++j) {
+          const M above = Lt(bounds[j], x);
+          counts[j] = counts[j] + Where(above, one);
+          masses[j] = masses[j] + Where(above, e);
+        }
+      }
+      for (int64_t j = 0; j < kP; ++j) {
+        s.counts[b * kP + j] = Sum(counts[j]), s.masses[b * kP + j] = Sum(masses[j]);
+      }
+    }
+  });
+  for (int64_t j = 0; j < kP; ++j) {
+    count[j] = mass[j] = 0;
+    for (int64_t b = 0; b < blocks; ++b) {
+      count[j] += s.counts[b * kP + j], mass[j] += s.masses[b * kP + j];
+    }
+  }
+}
+
+// The smallest logit v for which less than `limit` lies above v, in tokens (top-k) or in mass
+// (top-p) of what the row keeps. All of the row's cut may be it; its maximum always could be.
+//
+// v is bracketed between orders (low, high]: less than the limit lies above high, not so above low.
+// A pass gives the weights above seven pivots between them, the first time spaced as logits are,
+// then evenly. What is left between them is sorted once it is little.
+inline float FindCut(const Warped& w, VerifySpread spread, bool by_mass, double limit,
+                     const Search& s) {
+  constexpr int64_t kP = kVerifyPivots;
+  constexpr double kFirst[kP] = {INFINITY, 16, 11, 7.5, 5, 3, 1.5};
+  int64_t low = OrderOf(w.cut) - 1, high = OrderOf(w.max);
+  double above_high = 0, tokens_above_high = 0, tokens_above_low = INFINITY;
+  for (bool first = true;
+       high - low > 1 && tokens_above_low - tokens_above_high > kVerifyCandidates; first = false) {
+    float pivots[kP];
+    int64_t orders[kP];
+    for (int64_t j = 0; j < kP; ++j) {
+      orders[j] = low + (high - low) * (j + 1) / (kP + 1);
+      if (first) orders[j] = OrderOf(static_cast<float>(w.max - kFirst[j] / w.scale));
+      orders[j] = orders[j] <= low ? low + 1 : (orders[j] > high ? high : orders[j]);
+      pivots[j] = FloatAt(orders[j]);
+    }
+    double count[kP], mass[kP];
+    PassPivots(w, spread, pivots, s, count, mass);
+    const double* weights = by_mass ? mass : count;
+    int64_t j = kP - 1;
+    for (; j >= 0 && weights[j] < limit; --j) {
+      high = orders[j], above_high = weights[j], tokens_above_high = count[j];
+    }
+    if (j >= 0) low = orders[j], tokens_above_low = count[j];
+  }
+  if (high - low <= 1) return FloatAt(high);
+
+  Reader reader(w.place);
+  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const V bottom = Set(FloatAt(low + 1)), top = Set(FloatAt(high));
+  int64_t size = 0;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float* at = reader.Block(b);
+    for (int64_t i = 0; i < reader.Width(b); i += kLanes) {
+      const V x = Load(at + i);
+      const M between = And(Le(bottom, x), Le(x, top));
+      if (Bits(between)) size += Compress(between, x, s.candidates + size);
+    }
+  }
+  std::sort(s.candidates, s.candidates + size, std::greater<float>());
+  float cut = FloatAt(high);
+  for (int64_t i = 0; i < size && above_high < limit;) {
+    cut = s.candidates[i];
+    for (; i < size && s.candidates[i] == cut; ++i) above_high += by_mass ? w.Weight(cut) : 1.0;
+  }
+  return cut;
+}
+
+// Everything about a row from its place and its warpers; `maxima` has a number a block.
+inline Warped Warp(const Place& place, const double* warpers, VerifySpread spread, double* masses,
+                   const Search& s) {
+  Warped w{.place = place, .masses = masses};
+  const bool greedy = warpers[kTemperature] == 0;
+  w.scale = greedy ? 1.0 : 1.0 / warpers[kTemperature];
+  ReadRow(w, spread, s.counts);
+  if (!w.sound) return w;
+  if (greedy) {
+    const int64_t blocks = (place.vocab + kBlock - 1) / kBlock;
+    Reader reader(place);
+    for (int64_t b = 0; b < blocks && w.point < 0; ++b) {
+      if (s.counts[b] != w.max) continue;
+      const float* x = reader.Block(b);
+      for (int64_t i = 0; i < reader.Columns(b) && w.point < 0; ++i) {
+        if (x[i] == w.max) w.point = b * kBlock + i;
+      }
+    }
+    return w;
+  }
+  const double top_k = warpers[kTopK], top_p = warpers[kTopP], log_min_p = warpers[kLogMinP];
+  const auto vocab = static_cast<double>(place.vocab);
+  if (top_k > 0 && top_k < vocab) {
+    w.cut = FindCut(w, spread, false, top_k, s);
+    if (top_p < 1) SumKept(w, spread);
+  }
+  if (top_p < 1) w.cut = FindCut(w, spread, true, top_p * w.total, s);
+  // The smallest float that min_p keeps: the bound itself is fp64.
+  const double bound = w.max + warpers[kTemperature] * log_min_p;
+  auto least = static_cast<float>(bound);
+  if (least < bound) least = std::nextafter(least, INFINITY);
+  w.cut = least > w.cut ? least : w.cut;
+  if (w.cut > -INFINITY) SumKept(w, spread);
+  return w;
+}
+
+}  // namespace
+}  // namespace pd::PD_NAMESPACE
+#endif

@@ -1,0 +1,100 @@
+// verify on the CPU: from torch tensors to the torch-free kernel. Schema and checks with readable
+// messages are in pydistill/ops/verify.py; here only what memory safety needs.
+#include "cpu/verify.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "common/check.h"
+#include "common/parallel.h"
+#include "cpu/cpuid.h"
+
+namespace pd {
+namespace {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+VerifyRows rows_of(const char* name, const Tensor& x, int64_t batch, int64_t rows, int64_t vocab) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == batch && x.size(1) == rows && x.size(2) == vocab &&
+                      (x.stride(2) == 1 || vocab == 1),
+                  name, " must be [", batch, ", ", rows, ", ", vocab, "] with unit last stride");
+  return {static_cast<const char*>(x.data_ptr()), x.stride(0), x.stride(1)};
+}
+
+const double* warpers_of(const Tensor& x, int64_t batch) {
+  STD_TORCH_CHECK(
+      x.scalar_type() == torch::headeronly::ScalarType::Double && x.is_contiguous() &&
+          x.dim() == 2 && (x.size(0) == 1 || x.size(0) == batch) && x.size(1) == 2 * kWarpers,
+      "warpers must be contiguous fp64 [1 or ", batch, ", ", 2 * int64_t{kWarpers}, "]");
+  return static_cast<const double*>(x.data_ptr());
+}
+
+void spread(int64_t blocks, void (*body)(void*, int64_t, int64_t), void* state) {
+  torch::stable::parallel_for(0, blocks, 16,
+                              [&](int64_t begin, int64_t end) { body(state, begin, end); });
+}
+
+void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted, Tensor warpers,
+                Tensor seed, Tensor position, MaybeTensor bias, int64_t method, int64_t lenience,
+                double strength, double alpha, Tensor tokens, Tensor num_accepted, Tensor logprobs,
+                Tensor overlap, Tensor tv, Tensor target_lse, Tensor draft_lse, Tensor flags) {
+  VerifyArgs a{};
+  STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1 && target.size(2) >= 1,
+                  "target must be [B, K + 1, V]");
+  const int64_t batch = target.size(0), rows = target.size(1);
+  a.dtype = dtype_of("target", target);
+  a.slots = rows - 1;
+  a.vocab = target.size(2);
+  a.target = rows_of("target", target, batch, rows, a.vocab);
+  if (draft.has_value()) {
+    STD_TORCH_CHECK(draft->scalar_type() == target.scalar_type(), "draft must have target's dtype");
+    a.draft = rows_of("draft", *draft, batch, a.slots, a.vocab);
+  }
+  a.ids = vector<int64_t>("ids", ids, batch * a.slots);
+  a.num_drafted = vector<int64_t>("num_drafted", num_drafted, batch);
+  a.position = vector<int64_t>("position", position, batch);
+  const bool one_seed = seed.numel() == 1 && batch != 1;
+  a.seed = vector<int64_t>("seed", seed, one_seed ? 1 : batch);
+  a.seed_step = one_seed ? 0 : 1;
+  a.warpers = warpers_of(warpers, batch);
+  a.warper_step = warpers.size(0) == 1 ? 0 : 2 * kWarpers;
+  if (bias.has_value()) {
+    const bool one = bias->numel() == a.vocab;
+    a.bias = vector<float>("logit_bias", *bias, one ? a.vocab : batch * a.vocab);
+    a.bias_step = one ? 0 : a.vocab;
+  }
+  STD_TORCH_CHECK(method >= 0 && method < kVerifyMethods, "method is ", method);
+  STD_TORCH_CHECK(lenience >= 0 && lenience < kLeniences, "lenience is ", lenience);
+  a.method = static_cast<VerifyMethod>(method);
+  a.lenience = static_cast<Lenience>(lenience);
+  a.strength = strength;
+  a.alpha = alpha;
+  a.tokens = vector<int64_t>("tokens", tokens, batch * rows);
+  a.num_accepted = vector<int64_t>("num_accepted", num_accepted, batch);
+  a.logprobs = vector<float>("logprobs", logprobs, batch * rows);
+  a.overlap = vector<float>("overlap", overlap, batch * a.slots);
+  a.tv = vector<float>("bias", tv, batch * a.slots);
+  a.target_lse = vector<float>("target_lse", target_lse, batch * rows);
+  a.draft_lse = vector<float>("draft_lse", draft_lse, batch * a.slots);
+  a.flags = vector<int32_t>("flags", flags, batch * rows);
+  const VerifyRequests kernel = verify_requests_table[static_cast<int>(active_capability())];
+  const int64_t bytes = verify_scratch_bytes(a);
+  if (batch < 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {
+    const Scratch memory(bytes);
+    kernel(a, 0, batch, &spread, memory.data());
+    return;
+  }
+  parallel_rows(batch, rows * a.vocab, [&](int64_t begin, int64_t end) {
+    const Scratch memory(bytes);
+    kernel(a, begin, end, nullptr, memory.data());
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) { m.impl("verify_fwd", TORCH_BOX(&verify_fwd)); }
+
+}  // namespace pd
