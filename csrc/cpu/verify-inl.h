@@ -30,6 +30,7 @@ struct Slot {
   Warped p, q;
   double* residual;  // its mass in each block; unused where p is a point
   double scale = 1, px = 0, qx = 0, overlap = 0, rest = 0, bias = 0;
+  bool exact = false;  // see Refine
 };
 static_assert(sizeof(Slot) <= kVerifySlotBytes && std::is_trivially_destructible_v<Slot>);
 
@@ -53,16 +54,17 @@ struct Pair {
 template <class Extra>
 PD_INLINE double Compare(Slot& s, VerifySpread spread, const Search& search, const Extra& extra) {
   const int64_t blocks = (s.p.place.vocab + kBlock - 1) / kBlock;
+  constexpr int kHalf = kParts / 2;
   const Pair pair(s);
   double *overlaps = search.counts, *extras = search.masses;
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader target(s.p.place), draft(s.q.place);
     for (int64_t b = begin; b < end; ++b) {
       const float *xp = target.Block(b), *xq = draft.Block(b);
-      V same[2] = {Set(0.0f), Set(0.0f)}, left[2] = {same[0], same[0]},
-        more[2] = {same[0], same[0]};
-      for (int64_t i = 0; i < target.Width(b); i += 2 * kLanes) {
-        for (int u = 0; u < 2; ++u) {
+      V same[kHalf], left[kHalf], more[kHalf];
+      for (int u = 0; u < kHalf; ++u) same[u] = left[u] = more[u] = Set(0.0f);
+      for (int64_t i = 0; i < target.Width(b); i += kHalf * kLanes) {
+        for (int u = 0; u < kHalf; ++u) {
           const V x = Load(xp + i + u * kLanes);
           const V p = pair.P(x), q = pair.Q(Load(xq + i + u * kLanes));
           same[u] = same[u] + Min(p, q);
@@ -70,14 +72,48 @@ PD_INLINE double Compare(Slot& s, VerifySpread spread, const Search& search, con
           more[u] = more[u] + extra(x, p, q);
         }
       }
-      overlaps[b] = Sum(same[0] + same[1]);
-      s.residual[b] = Sum(left[0] + left[1]);
-      extras[b] = Sum(more[0] + more[1]);
+      overlaps[b] = Total(same, kHalf);
+      s.residual[b] = Total(left, kHalf);
+      extras[b] = Total(more, kHalf);
     }
   });
   s.overlap = SumOf(overlaps, blocks);
   s.rest = SumOf(s.residual, blocks);
   return SumOf(extras, blocks);
+}
+
+// The residual in fp64.
+struct PairExactly {
+  explicit PairExactly(const Slot& s)
+      : p(s.p), q(s.q), by_p(s.scale / s.p.total), by_q(1 / s.q.total) {}
+  PD_INLINE double operator()(float x, float y) const {
+    const double left = p(x) * by_p - q(y) * by_q;
+    return left > 0 ? left : 0.0;
+  }
+  WeightExactly p, q;
+  double by_p, by_q;
+};
+
+// A small residual is a difference of nearly equal numbers, and rounding would choose its tokens:
+// once more in fp64, with `residual` as shares of `rest`.
+inline void Refine(Slot& s, VerifySpread spread, const Search& search) {
+  s.p.total = PassExactly(s.p, spread, nullptr, 0, search, nullptr);
+  s.q.total = PassExactly(s.q, spread, nullptr, 0, search, nullptr);
+  const int64_t blocks = (s.p.place.vocab + kBlock - 1) / kBlock;
+  const PairExactly pair(s);
+  Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
+    Reader target(s.p.place), draft(s.q.place);
+    double left[kBlock];
+    for (int64_t b = begin; b < end; ++b) {
+      const float *x = target.Block(b), *y = draft.Block(b);
+      const int64_t width = target.Width(b);
+      for (int64_t i = 0; i < width; ++i) left[i] = pair(x[i], y[i]);
+      s.residual[b] = SumOf(left, width);
+    }
+  });
+  s.rest = SumOf(s.residual, blocks);
+  s.exact = true;
+  for (int64_t b = 0; b < blocks; ++b) s.residual[b] /= s.rest;
 }
 
 // The weights that a token is drawn from, by id: those of p, or a slot's residual.
@@ -100,6 +136,13 @@ class Weights {
       const Pair pair(slot_);
       Reader draft(slot_.q.place);
       const float* y = draft.Block(block);
+      if (slot_.exact) {
+        const PairExactly exactly(slot_);
+        for (int64_t i = 0; i < width; ++i) {
+          out[i] = static_cast<float>(exactly(x[i], y[i]) / slot_.rest);
+        }
+        return target_.Columns(block);
+      }
       for (int64_t i = 0; i < width; i += kLanes) {
         Store(pair.Residual(pair.P(Load(x + i)), pair.Q(Load(y + i))), out + i);
       }
@@ -381,7 +424,11 @@ class Request {
     a_.num_accepted[index_] = accepted_;
     for (int64_t i = 0; i < accepted_; ++i) Emit(slots_[i], i, a_.ids[DraftAt(i)]);
     Slot& s = slots_[accepted_];
-    const bool residual = accepted_ < length && a_.method != kVerifyTypical && s.rest > 0;
+    bool residual = accepted_ < length && a_.method != kVerifyTypical && s.rest > 0;
+    if (residual && s.rest < 1e-3 && s.q.point < 0) {
+      Refine(s, spread_, search_);
+      residual = s.rest > 0;
+    }
     OpenTarget(s, accepted_, read);
     if (!s.p.sound) {
       a_.flags[At(accepted_)] |= kBadTarget;

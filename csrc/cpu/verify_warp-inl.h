@@ -18,6 +18,48 @@ namespace {
 
 static_assert(kBlock == kVerifyColumns);
 
+// Sums of a block are kept in 64 parts, whatever the width of a vector: few additions each, so that
+// a token of probability 1 - 1e-5 keeps the digits of what is beside it.
+inline constexpr int kParts = kPad / kLanes;
+
+PD_INLINE double Total(const V* parts, int n) {
+  V sum[kParts];
+  for (int u = 0; u < n; ++u) sum[u] = parts[u];
+  for (int step = n / 2; step > 0; step /= 2) {
+    for (int u = 0; u < step; ++u) sum[u] = sum[u] + sum[u + step];
+  }
+  return Sum(sum[0]);
+}
+
+// e^x in fp64, to 2 ulp, for x <= 0; 0 below -700. In plain C++, for loops that compilers
+// vectorise.
+PD_INLINE double ExpExact(double x) {
+  constexpr double kTerms[] = {1.0 / 6227020800,
+                               1.0 / 479001600,
+                               1.0 / 39916800,
+                               1.0 / 3628800,
+                               1.0 / 362880,
+                               1.0 / 40320,
+                               1.0 / 5040,
+                               1.0 / 720,
+                               1.0 / 120,
+                               1.0 / 24,
+                               1.0 / 6,
+                               0.5,
+                               1.0};
+  const double kept = x > -700.0 ? x : -700.0, magic = 0x1.8p52;
+  const double shifted = kept * 1.4426950408889634 + magic, n = shifted - magic;
+  const double r = (kept - n * 0x1.62e42feep-1) - n * 1.9082149292705877e-10;
+  double p = kTerms[0];
+  for (int i = 1; i < 13; ++i) p = p * r + kTerms[i];
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, 8);
+  bits = (bits + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, 8);
+  return x > -700.0 ? (p * r + 1.0) * power : 0.0;
+}
+
 // A row in memory, and what is added to it.
 struct Place {
   const char* data;
@@ -48,7 +90,10 @@ class Reader {
 
   int64_t Width(int64_t block) const { return Padded(Columns(block)); }
 
-  void Prefetch(int64_t column) const { row_.Prefetch(column); }
+  // Asks for kPad columns from `column`, in the row or behind it.
+  PD_INLINE void Prefetch(int64_t column) const {
+    for (int64_t i = 0; i < kPad; i += 2 * kLanes) row_.Prefetch(column + i);
+  }
 
   float Element(int64_t i) const {
     return row_.Element(i) + (place_.bias == nullptr ? 0.0f : place_.bias[i]);
@@ -97,13 +142,22 @@ inline double LogProbabilityOf(const Warped& w, int64_t id) {
   return x >= w.cut ? w.scale * (double(x) - w.max) - std::log(w.total) : -INFINITY;
 }
 
+// 1 / T as two floats: in one it would bend every mass the same way.
+struct Scale {
+  explicit Scale(double scale)
+      : high(Set(static_cast<float>(scale))),
+        low(Set(static_cast<float>(scale - static_cast<float>(scale)))) {}
+  PD_INLINE V operator*(V x) const { return Fma(x, high, Max(x, Set(-1e30f)) * low); }
+  V high, low;
+};
+
 // exp(scale (x - max)) of what is kept.
 struct WeightAt {
-  explicit WeightAt(const Warped& w)
-      : scale(Set(static_cast<float>(w.scale))), max(Set(w.max)), cut(Set(w.cut)) {}
+  explicit WeightAt(const Warped& w) : scale(w.scale), max(Set(w.max)), cut(Set(w.cut)) {}
   PD_INLINE V Distance(V x) const { return scale * (x - max); }
   PD_INLINE V operator()(V x) const { return Where(Le(cut, x), ExpNonPositive(Distance(x))); }
-  V scale, max, cut;
+  Scale scale;
+  V max, cut;
 };
 
 inline double SumOf(const double* x, int64_t n) {
@@ -122,28 +176,28 @@ struct Search {
 // The one read of memory: maximum and mass of a row without filters.
 inline void ReadRow(Warped& w, VerifySpread spread, double* maxima) {
   const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
-  const V scale = Set(static_cast<float>(w.scale));
+  const Scale scale(w.scale);
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader reader(w.place);
     for (int64_t b = begin; b < end; ++b) {
       const float* x = reader.Block(b);
       const int64_t width = reader.Width(b);
-      V top[4] = {Set(-INFINITY), Set(-INFINITY), Set(-INFINITY), Set(-INFINITY)};
-      for (int64_t i = 0; i < width; i += 4 * kLanes) {
-        for (int u = 0; u < 4; ++u) top[u] = Max(Load(x + i + u * kLanes), top[u]);
+      V top[kParts], sum[kParts];
+      for (int u = 0; u < kParts; ++u) top[u] = Set(-INFINITY), sum[u] = Set(0.0f);
+      for (int64_t i = 0; i < width; i += kPad) {
+        for (int u = 0; u < kParts; ++u) top[u] = Max(Load(x + i + u * kLanes), top[u]);
       }
-      const float max = MaxOf(Max(Max(top[0], top[1]), Max(top[2], top[3])));
+      for (int u = 1; u < kParts; ++u) top[0] = Max(top[u], top[0]);
+      const float max = MaxOf(top[0]);
       const V about = Set(max == -INFINITY ? 0.0f : max);  // NaN passes Max and shows in the sum
-      V sum[4] = {Set(0.0f), Set(0.0f), Set(0.0f), Set(0.0f)};
-      for (int64_t i = 0; i < width; i += 4 * kLanes) {
+      for (int64_t i = 0; i < width; i += kPad) {
         reader.Prefetch((b + 1) * kBlock + i);
-        reader.Prefetch((b + 1) * kBlock + i + 2 * kLanes);
-        for (int u = 0; u < 4; ++u) {
+        for (int u = 0; u < kParts; ++u) {
           sum[u] = sum[u] + ExpNonPositive(scale * (Load(x + i + u * kLanes) - about));
         }
       }
       maxima[b] = max;
-      w.masses[b] = Sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      w.masses[b] = Total(sum, kParts);
     }
   });
   double max = -INFINITY;
@@ -169,11 +223,12 @@ inline void SumKept(Warped& w, VerifySpread spread) {
     for (int64_t b = begin; b < end; ++b) {
       const float* x = reader.Block(b);
       const int64_t width = reader.Width(b);
-      V sum[4] = {Set(0.0f), Set(0.0f), Set(0.0f), Set(0.0f)};
-      for (int64_t i = 0; i < width; i += 4 * kLanes) {
-        for (int u = 0; u < 4; ++u) sum[u] = sum[u] + weight(Load(x + i + u * kLanes));
+      V sum[kParts];
+      for (int u = 0; u < kParts; ++u) sum[u] = Set(0.0f);
+      for (int64_t i = 0; i < width; i += kPad) {
+        for (int u = 0; u < kParts; ++u) sum[u] = sum[u] + weight(Load(x + i + u * kLanes));
       }
-      w.masses[b] = Sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+      w.masses[b] = Total(sum, kParts);
     }
   });
   w.total = SumOf(w.masses, blocks);
@@ -231,21 +286,92 @@ inline void PassPivots(const Warped& w, VerifySpread spread, const float* pivots
   }
 }
 
-// The smallest logit v for which less than `limit` lies above v, in tokens (top-k) or in mass
-// (top-p) of what the row keeps. All of the row's cut may be it; its maximum always could be.
+// exp(scale (x - max)) of what is kept, in fp64; no vector type, see ExpExact.
+struct WeightExactly {
+  explicit WeightExactly(const Warped& w) : scale(w.scale), max(w.max), cut(w.cut) {}
+  PD_INLINE double operator()(float x) const {
+    const double e = ExpExact(scale * (double(x) - max));
+    return x >= cut ? e : 0.0;
+  }
+  double scale, max;
+  float cut;
+};
+
+// The row's mass in fp64, and the masses above `count` of the pivots.
+inline double PassExactly(const Warped& w, VerifySpread spread, const float* pivots, int64_t count,
+                          const Search& s, double* mass) {
+  constexpr int64_t kP = kVerifyPivots, kSide = 8;
+  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const WeightExactly weight(w);
+  Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
+    Reader reader(w.place);
+    double e[kBlock];
+    for (int64_t b = begin; b < end; ++b) {
+      const float* x = reader.Block(b);
+      const int64_t width = reader.Width(b);
+      for (int64_t i = 0; i < width; ++i) e[i] = weight(x[i]);
+      double whole[kSide] = {};
+      for (int64_t i = 0; i < width; i += kSide) {
+        for (int u = 0; u < kSide; ++u) whole[u] += e[i + u];
+      }
+      s.counts[b] = SumOf(whole, kSide);
+      for (int64_t j = 0; j < count; ++j) {
+        double above[kSide] = {};
+        for (int64_t i = 0; i < width; i += kSide) {
+          for (int u = 0; u < kSide; ++u) above[u] += x[i + u] > pivots[j] ? e[i + u] : 0.0;
+        }
+        s.masses[b * kP + j] = SumOf(above, kSide);
+      }
+    }
+  });
+  for (int64_t j = 0; j < count; ++j) {
+    mass[j] = 0;
+    for (int64_t b = 0; b < blocks; ++b) mass[j] += s.masses[b * kP + j];
+  }
+  return SumOf(s.counts, blocks);
+}
+
+// What a search for a cut asks of the weight above a logit: less than `limit`, in tokens (top-k) or
+// in mass (top-p). Masses of fp32 terms decide where they are further than `doubt` from the limit.
+struct Bound {
+  bool by_mass;
+  double limit, doubt;
+};
+
+// The smallest of the falling candidates with less than the limit above it; `above` is the weight
+// above all of them, `top` what is returned for none. `sure`: no comparison was in doubt.
+inline float Walk(const Warped& w, const float* candidates, int64_t size, double above, float top,
+                  const Bound& bound, bool& sure) {
+  sure = true;
+  for (int64_t i = 0; i < size;) {
+    sure = sure && !(std::fabs(above - bound.limit) <= bound.doubt);
+    if (!(above < bound.limit)) break;
+    top = candidates[i];
+    for (; i < size && candidates[i] == top; ++i) above += bound.by_mass ? w.Weight(top) : 1.0;
+  }
+  sure = sure && !(std::fabs(above - bound.limit) <= bound.doubt);
+  return top;
+}
+
+// The smallest logit v, at least the row's cut, for which less than the limit of what the row keeps
+// lies above v; `share` is the limit over the row's mass, for top-p.
 //
 // v is bracketed between orders (low, high]: less than the limit lies above high, not so above low.
 // A pass gives the weights above seven pivots between them, the first time spaced as logits are,
-// then evenly. What is left between them is sorted once it is little.
-inline float FindCut(const Warped& w, VerifySpread spread, bool by_mass, double limit,
+// then evenly. What is left between them is sorted once it is little. A pivot whose mass is in
+// doubt moves neither end; where that stops the search, or leaves its end in doubt, masses are
+// summed again in fp64. So the kept set is the one of exact sums.
+inline float FindCut(const Warped& w, VerifySpread spread, bool by_mass, double share,
                      const Search& s) {
   constexpr int64_t kP = kVerifyPivots;
   constexpr double kFirst[kP] = {INFINITY, 16, 11, 7.5, 5, 3, 1.5};
+  Bound bound{by_mass, by_mass ? share * w.total : share, by_mass ? 5e-7 * w.total : 0.0};
   int64_t low = OrderOf(w.cut) - 1, high = OrderOf(w.max);
   double above_high = 0, tokens_above_high = 0, tokens_above_low = INFINITY;
+  float pivots[kP];
+  double count[kP], mass[kP];
   for (bool first = true;
        high - low > 1 && tokens_above_low - tokens_above_high > kVerifyCandidates; first = false) {
-    float pivots[kP];
     int64_t orders[kP];
     for (int64_t j = 0; j < kP; ++j) {
       orders[j] = low + (high - low) * (j + 1) / (kP + 1);
@@ -253,36 +379,44 @@ inline float FindCut(const Warped& w, VerifySpread spread, bool by_mass, double 
       orders[j] = orders[j] <= low ? low + 1 : (orders[j] > high ? high : orders[j]);
       pivots[j] = FloatAt(orders[j]);
     }
-    double count[kP], mass[kP];
     PassPivots(w, spread, pivots, s, count, mass);
+    if (by_mass && bound.doubt == 0) PassExactly(w, spread, pivots, kP, s, mass);
     const double* weights = by_mass ? mass : count;
+    const int64_t before = high - low;
     int64_t j = kP - 1;
-    for (; j >= 0 && weights[j] < limit; --j) {
+    for (; j >= 0 && weights[j] < bound.limit - bound.doubt; --j) {
       high = orders[j], above_high = weights[j], tokens_above_high = count[j];
     }
+    for (; j >= 0 && !(weights[j] > bound.limit + bound.doubt) && bound.doubt > 0; --j) {
+    }
     if (j >= 0) low = orders[j], tokens_above_low = count[j];
+    if (high - low == before && bound.doubt > 0) {
+      bound = {true, share * PassExactly(w, spread, pivots, 0, s, mass), 0.0};
+      low = OrderOf(w.cut) - 1, high = OrderOf(w.max);
+      above_high = tokens_above_high = 0, tokens_above_low = INFINITY;
+    }
   }
-  if (high - low <= 1) return FloatAt(high);
+  const float top = FloatAt(high);
+  if (high - low <= 1) return top;
 
   Reader reader(w.place);
   const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
-  const V bottom = Set(FloatAt(low + 1)), top = Set(FloatAt(high));
+  const V bottom = Set(FloatAt(low + 1)), highest = Set(top);
   int64_t size = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     const float* at = reader.Block(b);
     for (int64_t i = 0; i < reader.Width(b); i += kLanes) {
       const V x = Load(at + i);
-      const M between = And(Le(bottom, x), Le(x, top));
+      const M between = And(Le(bottom, x), Le(x, highest));
       if (Bits(between)) size += Compress(between, x, s.candidates + size);
     }
   }
   std::sort(s.candidates, s.candidates + size, std::greater<float>());
-  float cut = FloatAt(high);
-  for (int64_t i = 0; i < size && above_high < limit;) {
-    cut = s.candidates[i];
-    for (; i < size && s.candidates[i] == cut; ++i) above_high += by_mass ? w.Weight(cut) : 1.0;
-  }
-  return cut;
+  bool sure;
+  const float cut = Walk(w, s.candidates, size, above_high, top, bound, sure);
+  if (sure || bound.doubt == 0) return cut;
+  bound = {true, share * PassExactly(w, spread, &top, 1, s, mass), 0.0};
+  return Walk(w, s.candidates, size, mass[0], top, bound, sure);
 }
 
 // Everything about a row from its place and its warpers; `maxima` has a number a block.
@@ -311,7 +445,7 @@ inline Warped Warp(const Place& place, const double* warpers, VerifySpread sprea
     w.cut = FindCut(w, spread, false, top_k, s);
     if (top_p < 1) SumKept(w, spread);
   }
-  if (top_p < 1) w.cut = FindCut(w, spread, true, top_p * w.total, s);
+  if (top_p < 1) w.cut = FindCut(w, spread, true, top_p, s);
   // The smallest float that min_p keeps: the bound itself is fp64.
   const double bound = w.max + warpers[kTemperature] * log_min_p;
   auto least = static_cast<float>(bound);
