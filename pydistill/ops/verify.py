@@ -227,19 +227,18 @@ class _Verify(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         given, batch = Inputs(*args[:8]), info.batch_size
-        requests = given.target.shape[0 if in_dims[0] != 0 else 1]
-        if in_dims[0] is None:
-            requests = given.target.shape[0]
-        merged = []
+        requests = given.target.shape[1 if in_dims[0] == 0 else 0]
+        merged: list[Tensor | None] = []
         for name, x, dim in zip(Inputs._fields, given, in_dims, strict=False):
             if x is not None and name in ("warpers", "seed", "logit_bias"):
-                # One row for all becomes one a request, where the rows of the batch differ.
-                x = x if dim is None else x.movedim(dim, 0)
-                width = x.shape[1:] if dim is None else x.shape[2:]
-                x = x if dim is not None else x[None]
-                x = x.expand(batch, requests, *width).reshape(-1, *width)
+                # A row for all requests of each call: one a request of the batch.
+                x = x[None] if dim is None else x.movedim(dim, 0)
+                x = x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])
             elif x is not None:
                 x = _rows.lead(x, dim, batch)
-            merged.append(x)
+            logits = name in ("target", "draft")
+            merged.append(
+                x if x is None else _verify_call.unit_stride(x) if logits else x.contiguous()
+            )
         found = _Verify.apply(*merged, *args[8:])  # type: ignore[no-untyped-call]
         return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 8
