@@ -74,7 +74,6 @@ def prepare(
 
 
 def unit_stride(logits: Tensor) -> Tensor:
-    logits = logits.detach()
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -243,7 +242,7 @@ def bias_rows(bias: Tensor | None, target: Tensor) -> Tensor | None:
             " one a request."
         )
     wide = torch.promote_types(target.dtype, torch.float32)
-    return bias.detach().reshape(-1, vocab).to(wide).contiguous()
+    return bias.reshape(-1, vocab).to(wide).contiguous()
 
 
 def rule_of(

@@ -140,18 +140,17 @@ def verify(
         seed=seed,
         position=position,
     )
-    if forward_ad._current_level >= 0:
-        given = (target_logits, draft_logits, logit_bias)
-        compiling = torch.compiler.is_compiling()
-        if compiling or any(x is not None and _rows.has_tangent(x) for x in given):
-            raise RuntimeError(_NO_TANGENT)
-    wrapped = not torch.compiler.is_compiling() and any(
+    dual, compiling = forward_ad._current_level >= 0, torch.compiler.is_compiling()
+    if dual and compiling:
+        raise RuntimeError(_NO_TANGENT)
+    wrapped = not compiling and any(
         x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in call.inputs
     )
-    if wrapped:
+    if dual or wrapped:
         found: tuple[Tensor, ...] = _Verify.apply(*call.inputs, call.rule, call.backend)  # type: ignore[no-untyped-call]
         return VerifyResult(*found)
-    return VerifyResult(*_forward(*call))
+    plain = Inputs._make(x if x is None else x.detach() for x in call.inputs)
+    return VerifyResult(*_forward(plain, call.rule, call.backend))
 
 
 _NO_TANGENT = (

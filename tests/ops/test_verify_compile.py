@@ -1,0 +1,73 @@
+"""`verify` under `torch.compile`."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pydistill import VerifyResult, verify
+
+OP = "verify"
+
+# Dynamo lists torch's functions once, at its first use: let that be now, not within a test whose
+# allocations are poisoned.
+torch.compile(torch.sin, backend="eager")(torch.zeros(1))
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> None:
+    """No poisoned allocations here: they would be traced into the graph."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fullgraph(dynamic: bool, impl: str) -> None:
+    method = "block" if dynamic else "token"
+    if dynamic and impl == "reference":
+        pytest.skip("half a minute of tracing, for code that the operator's own kernel wraps")
+
+    def f(t: Tensor, d: Tensor, ids: Tensor, position: Tensor, top_p: Tensor) -> VerifyResult:
+        return verify(
+            t.sin(), d.sin(), ids, method=method, temperature=0.7, top_k=9, top_p=top_p, seed=3,
+            position=position, impl=impl,
+        )  # fmt: skip
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch, slots, vocab in ((3, 2, 19), (5, 3, 27)):
+        t, d = torch.randn(batch, slots + 1, vocab), torch.randn(batch, slots, vocab)
+        ids, top_p = torch.randint(vocab, (batch, slots)), torch.linspace(0.5, 1, batch)
+        arguments = (t, d, ids, torch.arange(batch), top_p)
+        for got, want in zip(compiled(*arguments), f(*arguments), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, equal_nan=True)
+            assert not got.requires_grad
+
+
+def test_one_hot_draft_and_an_id_out_of_range(impl: str) -> None:
+    """Values are not read under compile: such an id ends the block, and raises its row's flag."""
+    f = torch.compile(
+        lambda t, ids: verify(t, None, ids, seed=0, position=0, impl=impl),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    found = f(torch.randn(2, 3, 11), torch.tensor([[11, 0], [-1, 0]]))
+    assert found.num_accepted.tolist() == [0, 0] and (found.tokens[:, 0] >= 0).all()
+    assert found.flags.tolist() == [[1, 0, 0], [0, 0, 0]]
+
+
+def test_a_tangent_is_never_dropped(impl: str) -> None:
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    t, d = torch.randn(2, 2, 9), torch.randn(2, 1, 9)
+    for fullgraph in (False, True):
+        f = torch.compile(
+            lambda t: verify(t, d, ids, seed=0, position=0, impl=impl).logprobs,
+            backend="aot_eager", fullgraph=fullgraph,
+        )  # fmt: skip
+        with forward_ad.dual_level(), pytest.raises(Exception, match="has no derivatives"):
+            f(forward_ad.make_dual(t, torch.ones_like(t)))
