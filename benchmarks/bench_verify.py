@@ -105,7 +105,7 @@ def transformers(x: Inputs, top_p: float | None = None, **_: Any) -> Found:
     accepted = torch.zeros(len(ids), dtype=torch.int64)
     for i in range(len(ids)):
         valid, n = _speculative_sampling(
-            ids[i : i + 1], draft[i : i + 1], ids.shape[1], target[i : i + 1], False
+            ids[i : i + 1], draft[i : i + 1], ids.shape[1], target[i : i + 1]
         )
         tokens[i, : valid.shape[1]], accepted[i] = valid[0], n
     return tokens, accepted
