@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <utility>
 
 namespace pd {
 
@@ -18,21 +19,53 @@ void parallel_rows(int64_t rows, int64_t columns, const Body& body) {
   torch::stable::parallel_for(0, rows, grain, body);
 }
 
-// Cache-line aligned scratch memory, freed with the object; none for 0 bytes.
-class Scratch {
+// Cache-line aligned memory, freed with the thread or the object that has it.
+class Block {
  public:
-  explicit Scratch(int64_t bytes) {
-    if (bytes == 0) return;
-    data_ = std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64));
+  Block() = default;
+  explicit Block(int64_t bytes) : bytes_((bytes + 63) / 64 * 64) {
+    if (bytes_ == 0) return;
+    data_ = std::aligned_alloc(64, static_cast<size_t>(bytes_));
     if (data_ == nullptr) throw std::bad_alloc();
   }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* data() const { return static_cast<float*>(data_); }
+  Block(Block&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Block& operator=(Block&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~Block() { std::free(data_); }
+  void* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
 
  private:
   void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Scratch memory for the length of a call. A thread keeps one block from call to call: the C library
+// gives one of this size back to the system, and touching its pages anew costs a tenth of a sweep.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    if (bytes > 0 && kept_.bytes() >= bytes) {
+      block_ = std::move(kept_);
+    } else {
+      block_ = Block(bytes);
+    }
+  }
+  ~Scratch() {
+    constexpr int64_t kMostKept = 4 << 20;
+    if (block_.bytes() <= kMostKept && block_.bytes() > kept_.bytes()) kept_ = std::move(block_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() const { return static_cast<float*>(block_.data()); }
+
+ private:
+  static inline thread_local Block kept_;
+  Block block_;
 };
 
 }  // namespace pd

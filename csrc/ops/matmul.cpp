@@ -55,11 +55,10 @@ void matmul_out(Tensor a, Tensor b, bool accumulate, bool narrow, Tensor out) {
     const auto [first, last] = span(out);
     STD_TORCH_CHECK(end <= first || last <= begin, "out must not share memory with an operand");
   }
-  int64_t row = out.size(0) > 1 ? out.stride(0) : out.size(1);
-  int64_t column = out.size(1) > 1 ? out.stride(1) : 1;
+  int64_t row = out.stride(0), column = out.size(1) > 1 ? out.stride(1) : 1;
   if (column != 1) {  // out^T = b^T a^T
     std::swap(g.a, g.b);
-    std::swap(row, column);
+    row = std::exchange(column, out.size(0) > 1 ? row : 1);  // a stride that nobody takes is any
   }
   STD_TORCH_CHECK(column == 1 && (g.a.lines <= 1 || row >= g.b.lines),
                   "out must have a unit stride and no element twice, not strides ", out.stride(0),
