@@ -196,7 +196,3 @@ def cases(quick: bool = False) -> list[Case]:
 @pytest.mark.benchmark(timer=played_back)
 def test_divergence(entry: tuple[Case, str], record: Callable[[tuple[Case, str]], None]) -> None:
     record(entry)
-
-
-def memory_unit(x: Inputs) -> int:
-    return x.student.nbytes

@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks import roof
 
 ROLES = ("subject", "peer", "floor")
+MEASURES = ("time", "memory", "rate")
 
 
 def _nothing() -> None:
@@ -76,18 +77,38 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Claim:
-    """`subject` takes `at_most` times as long as `against`, or is `at_least` times faster."""
+    """`subject` takes `at_most` times as long as `against`, or is `at_least` times faster.
+
+    `of="memory"`: it takes `at_most` times the extra memory, returned gradients aside, which
+    `--memory` measures. `of="rate"`: it moves the case's bytes (or computes its flops) at
+    `at_least` so many G a second, against nothing.
+    """
 
     subject: str
-    against: str
+    against: str = ""
     at_most: float | None = None
     at_least: float | None = None
+    of: str = "time"
 
     def __post_init__(self) -> None:
+        if self.of not in MEASURES:
+            raise ValueError(f"of={self.of!r} is not known; use one of {', '.join(MEASURES)}.")
         if (self.at_most is None) == (self.at_least is None):
             raise ValueError(f"the claim about {self.subject!r} needs either at_most or at_least.")
+        needs = {"memory": self.at_most, "rate": self.at_least}.get(self.of, 0.0)
+        if needs is None or (self.against == "") != (self.of == "rate"):
+            raise ValueError(
+                f"the claim about {self.subject!r} of {self.of} compares with {self.against!r};"
+                " memory needs at_most and a contestant, a rate at_least and none."
+            )
 
     def __str__(self) -> str:
+        if self.of == "rate":
+            return f"{self.subject} does at least {self.at_least:g} G a second"
+        if self.of == "memory":
+            return (
+                f"{self.subject} takes at most {self.at_most:g}x the extra memory of {self.against}"
+            )
         if self.at_most is not None:
             return f"{self.subject} takes at most {self.at_most:g}x the time of {self.against}"
         return f"{self.subject} is at least {self.at_least:g}x faster than {self.against}"
@@ -122,11 +143,18 @@ class Case:
         if sum(c.role == "floor" for c in self.contestants) != 1:
             raise ValueError(f"case {self.name!r} needs exactly one contestant with role='floor'.")
         used = [n for c in self.contestants for n in c.against]
-        used += [n for claim in self.claims for n in (claim.subject, claim.against)]
+        used += [n for claim in self.claims for n in (claim.subject, claim.against) if n]
         if missing := sorted(set(used) - set(names)):
             raise ValueError(
                 f"case {self.name!r} compares with {missing[0]!r}, which is not in it."
             )
+
+    def eager(self, name: str) -> str | None:
+        """The eager path to which the memory of contestant `name` is compared: the first peer named
+        so that it is compared with, or that there is."""
+        contestant = next(c for c in self.contestants if c.name == name)
+        peers = [c.name for c in self.contestants if c.role == "peer"]
+        return next((n for n in (*contestant.against, *peers) if n.startswith("eager")), None)
 
 
 @dataclass
@@ -210,17 +238,26 @@ class Result:
         amount = self.bytes if roof.UNITS[self.roof] == "GB/s" else self.flops
         return amount / self.timing(name).minimum / 1e9
 
+    def median_rate(self, name: str) -> float:
+        """`rate`, over the median time."""
+        timing = self.timing(name)
+        return self.rate(name) * timing.minimum / timing.median
+
     def roof_share(self, name: str) -> float:
         """`rate` over the roof of this run; above 1 only where the data fit the caches."""
         return self.rate(name) / self.before.best_of(self.after)[self.roof]
 
     def verdict(self, claim: Claim) -> str:
-        """`held`, `missed`, `void`, or `refused` (a gate failed or a contestant is absent)."""
-        ratio = self.ratio(claim.subject, claim.against)
+        """Of a time or a rate: `held`, `missed`, `void`, or `refused` (a gate failed, or a
+        contestant is absent)."""
+        ratio = self.ratio(claim.subject, claim.against or claim.subject)
         if ratio is None:
             return "refused"
         if self.void():
             return "void"
+        if claim.of == "rate":
+            assert claim.at_least is not None
+            return "held" if self.median_rate(claim.subject) >= claim.at_least else "missed"
         return "held" if ratio.holds(claim) else "missed"
 
     def to_json(self) -> dict[str, Any]:

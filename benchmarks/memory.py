@@ -3,8 +3,9 @@ else.
 
 The process sets the contestant up, runs it once (compilation, thread pools and kept workspaces
 belong to that run), resets the high-water mark, runs it again, and reports how far the mark rose
-above what was resident before. glibc is told to return every block above 64 KiB at once, so that no
-buffer of the first run hides the second's.
+above what was resident before, and how many bytes of that the run returned: gradients, which every
+contestant must make, unless it writes them over memory that was there. glibc is told to return
+every block above 64 KiB at once, so that no buffer of the first run hides the second's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 def peak(
     op: str, case: str, contestant: str, *, quick: bool, threads: int | None
 ) -> dict[str, Any]:
-    """Runs one contestant in a fresh process: bytes `peak`, `kept` and, for comparison, `unit`."""
+    """Runs one contestant in a fresh process: bytes `peak`, `returned` and `kept`."""
     arguments = [op, case, contestant, str(int(quick)), str(threads or 0)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.memory", *arguments],
@@ -68,13 +70,34 @@ def measure_here(op: str, case: str, contestant: str, quick: bool, threads: int)
     _memory.release()  # the last gradient's memory, which would hide the next one's
     step.refresh()
     reset_high_water()
+    there = set(storages(gc.get_objects()))
     before = resident("VmRSS")
-    step.run()
+    output = step.run()
+    peak = resident("VmHWM") - before
+    made = {at: size for at, size in storages(flat(output)).items() if at not in there}
     return {
-        "peak": max(0, resident("VmHWM") - before),
+        "peak": max(0, peak),
+        "returned": sum(made.values()),
         "kept": max(0, before - start),
-        "unit": module.memory_unit(inputs),
     }
+
+
+def storages(objects: Iterable[Any]) -> dict[int, int]:
+    """Address and bytes of the memory of the tensors among `objects`."""
+    import torch
+
+    # By their type: asking an object itself wakes lazy proxies.
+    found = [x.untyped_storage() for x in objects if issubclass(type(x), torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in found}
+
+
+def flat(output: Any) -> Iterator[Any]:
+    """The leaves of what a step returned: tuples and lists of them, at any depth."""
+    if isinstance(output, tuple | list):
+        for part in output:
+            yield from flat(part)
+    else:
+        yield output
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import roof
-from benchmarks.harness import Result, Timing
+from benchmarks.harness import Claim, Result, Timing
 
 
 def load(path: Path) -> tuple[list[Result], dict[str, Any]]:
@@ -36,7 +36,7 @@ def markdown(results: list[Result], memory: list[dict[str, Any]] | None = None) 
     """One section a case: verdict on the run, table, claims."""
     sections = [_section(result) for result in results]
     if memory:
-        sections.append(_memory(memory))
+        sections.append(_memory(memory, results))
     return "\n\n".join(sections) + "\n"
 
 
@@ -53,15 +53,16 @@ def _section(result: Result) -> str:
         ]
     lines += [
         f"Roof before / after / quiet: {_roofs(result)}.  ",
-        f"Floor: {_amount(result.bytes)}B moved; machine: {result.quiet.machine}.",
+        (f"Floor: {_amount(result.bytes)}B moved; m" if result.bytes else "M")
+        + f"achine: {result.quiet.machine}.",
         "",
         "| contestant | min ms | median ms | max / min | rate | of the roof | x floor: min (median)"
         " | speed-up: min (median) | errors |",
         "|---|---:|---:|---:|---:|---:|---:|---|---|",
     ]
     lines += [_row(result, timing) for timing in result.timings]
-    if result.claims:
-        lines += ["", *(_claim(result, claim) for claim in result.claims)]
+    if claims := [claim for claim in result.claims if claim.of != "memory"]:
+        lines += ["", *(_claim(result, claim) for claim in claims)]
     return "\n".join(lines)
 
 
@@ -107,10 +108,14 @@ def _speed_up(result: Result, name: str, other: str) -> str:
     return f"{1 / ratio.of_minima:.2f} ({1 / ratio.of_medians:.2f}) x {other}"
 
 
-def _claim(result: Result, claim: Any) -> str:
-    ratio = result.ratio(claim.subject, claim.against)
+def _claim(result: Result, claim: Claim) -> str:
+    ratio = result.ratio(claim.subject, claim.against or claim.subject)
     seen = ""
-    if ratio and claim.at_most is not None:
+    if ratio and claim.of == "rate":
+        unit = roof.UNITS[result.roof]
+        seen = f": {result.rate(claim.subject):.2f} {unit} at best,"
+        seen += f" {result.median_rate(claim.subject):.2f} in the median"
+    elif ratio and claim.at_most is not None:
         seen = f": {ratio.of_minima:.2f} of minima, {ratio.of_medians:.2f} of medians"
     elif ratio:
         seen = f": {1 / ratio.of_minima:.2f} of minima, {1 / ratio.of_medians:.2f} of medians"
@@ -124,26 +129,62 @@ def _amount(value: float) -> str:
     return f"{value:.0f} "
 
 
-def _memory(rows: list[dict[str, Any]]) -> str:
+def _memory(rows: list[dict[str, Any]], results: list[Result]) -> str:
     lines = [
         "## Peak extra memory",
         "",
         "Above the resident inputs, in a fresh process each. *Peak* is that of a second call;"
-        " *kept* is what stayed resident after the first: code, threads, workspaces.",
+        " *returned* is the gradients it gave back, *extra* the rest of the peak, */ eager* its"
+        " share of the eager path's. *Kept* is what stayed resident after the first call: code,"
+        " threads, workspaces.",
         "",
-        "| case | contestant | peak MB | peak / student logits | kept MB |",
-        "|---|---|---:|---:|---:|",
+        "| case | contestant | peak MB | returned MB | extra MB | / eager | kept MB |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
+    extra = {(row["case"], row["contestant"]): _extra(row) for row in rows if "error" not in row}
     for row in rows:
+        name = f"| {row['case']} | {row['contestant']} |"
         if "error" in row:
-            lines.append(f"| {row['case']} | {row['contestant']} | left out: {row['error']} | | |")
-        else:
-            share = row["peak"] / row["unit"]
-            lines.append(
-                f"| {row['case']} | {row['contestant']} | {row['peak'] / 1e6:.1f} | {share:.2f}"
-                f" | {row['kept'] / 1e6:.1f} |"
-            )
-    return "\n".join(lines)
+            lines.append(f"{name} left out: {row['error']} | | | | |")
+            continue
+        eager = row.get("eager")
+        share = _share(extra, row["case"], row["contestant"], eager)
+        over = "" if share is None else f"{share:.2f}" + (f" ({eager})" if eager != "eager" else "")
+        lines.append(
+            f"{name} {row['peak'] / 1e6:.1f} | {row.get('returned', 0) / 1e6:.1f}"
+            f" | {_extra(row) / 1e6:.1f} | {over} | {row['kept'] / 1e6:.1f} |"
+        )
+    verdicts = [
+        f"- **{verdict}**: {result.case}: {claim}{seen}"
+        for result in results
+        for claim in result.claims
+        if claim.of == "memory"
+        for verdict, seen in [_memory_verdict(result, claim, extra)]
+    ]
+    return "\n".join([*lines, *(["", *verdicts] if verdicts else [])])
+
+
+def _extra(row: dict[str, Any]) -> int:
+    return max(0, int(row["peak"]) - int(row.get("returned", 0)))
+
+
+def _share(
+    extra: dict[tuple[str, str], int], case: str, name: str, against: str | None
+) -> float | None:
+    """Extra memory over that of `against`; None where either was not measured, or that is none."""
+    over = extra.get((case, against)) if against else None
+    return extra[case, name] / over if over and (case, name) in extra else None
+
+
+def _memory_verdict(
+    result: Result, claim: Claim, extra: dict[tuple[str, str], int]
+) -> tuple[str, str]:
+    """`held`, `missed`, or `refused` (a gate failed, or a contestant is absent); and the share."""
+    share = _share(extra, result.case, claim.subject, claim.against)
+    if share is None or result.ratio(claim.subject, claim.against) is None:
+        return "refused", ""
+    assert claim.at_most is not None
+    return "held" if share <= claim.at_most else "missed", f": {share:.3f}"
 
 
 _LABELS = {"subject": "pydistill", "peer": "peer", "floor": "floor"}

@@ -112,11 +112,10 @@ def _add_memory(options: argparse.Namespace, path: Path) -> None:
         for case in module.cases(quick=options.quick):
             for contestant in case.contestants if case.name in measured else ():
                 print(f"memory: {case.name}: {contestant.name}", file=sys.stderr)
-                rows.append(
-                    memory.peak(
-                        op, case.name, contestant.name, quick=options.quick, threads=options.threads
-                    )
+                row = memory.peak(
+                    op, case.name, contestant.name, quick=options.quick, threads=options.threads
                 )
+                rows.append({**row, "eager": case.eager(contestant.name)})
     data = json.loads(path.read_text())
     data["memory"] = rows
     path.write_text(json.dumps(data, indent=1))

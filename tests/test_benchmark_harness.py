@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,18 @@ def test_a_case_is_checked() -> None:
         Case("case", 1.0, 1.0, lambda: None, (floor,), roof="l2")
     with pytest.raises(ValueError, match="either at_most or at_least"):
         Claim("ours", "floor")
+    with pytest.raises(ValueError, match="of='beauty'"):
+        Claim("ours", "floor", at_most=1.0, of="beauty")
+    wrongs: list[dict[str, Any]] = [
+        {"against": "floor", "at_least": 2.0, "of": "memory"},
+        {"at_most": 2.0, "of": "memory"},
+        {"against": "floor", "at_least": 2.0, "of": "rate"},
+        {"at_most": 2.0, "of": "rate"},
+        {"at_least": 2.0},
+    ]
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match="memory needs at_most and a contestant"):
+            Claim("ours", **wrong)
     with pytest.raises(ValueError, match="role='friend'"):
         Contestant("ours", lambda inputs: Step(lambda: None), "friend")
 
@@ -346,8 +359,12 @@ def test_an_old_run_is_rendered_again(tmp_path: Path, capsys: pytest.CaptureFixt
         entries.append({"extra_info": {"contestant": "ours", "result": result.to_json()}})
     path = tmp_path / "old.json"
     rows = [
-        {"case": "first", "contestant": "ours", "peak": 3_000_000, "kept": 0, "unit": 1_500_000}
-    ]
+        {"case": "first", "contestant": "ours", "peak": 3_000_000, "returned": 1_000_000, "kept": 0,
+         "eager": "eager"},
+        {"case": "first", "contestant": "eager", "peak": 8_000_000, "returned": 0, "kept": 0,
+         "eager": "eager"},
+        {"case": "first", "contestant": "floor", "error": "killed"},
+    ]  # fmt: skip
     path.write_text(json.dumps({"benchmarks": entries, "memory": rows}))
 
     picture, text = tmp_path / "old.png", tmp_path / "old.md"
@@ -356,9 +373,98 @@ def test_an_old_run_is_rendered_again(tmp_path: Path, capsys: pytest.CaptureFixt
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert printed == text.read_text()
-    assert "| first | ours | 3.0 | 2.00 | 0.0 |" in printed
+    assert "| first | ours | 3.0 | 1.0 | 2.0 | 0.25 | 0.0 |" in printed
+    assert "| first | eager | 8.0 | 0.0 | 8.0 | 1.00 | 0.0 |" in printed
+    assert "| first | floor | left out: killed |" in printed
     # The second case saw a higher roof, so the first one was disturbed as well.
     assert printed.count("VOID") == 2
+
+
+@pytest.mark.parametrize(
+    ("at_most", "error", "ours", "verdict"),
+    [
+        (0.3, 0.0, 3, "held**: case: ours takes at most 0.3x the extra memory of eager: 0.250"),
+        (0.2, 0.0, 3, "missed**: case: ours takes at most 0.2x the extra memory of eager: 0.250"),
+        (0.3, 1.0, 3, "refused**: case: ours takes at most 0.3x the extra memory of eager\n"),
+        (0.3, 0.0, None, "refused**: case: ours takes at most 0.3x the extra memory of eager\n"),
+    ],
+)
+def test_a_claim_on_memory(at_most: float, error: float, ours: int | None, verdict: str) -> None:
+    """Of the peak without what was returned; a wrong result and an absent row have no verdict."""
+    world = World()
+    case = a_case(world, error=error)
+    case = replace(case, claims=(Claim("ours", "eager", at_most=at_most, of="memory"),))
+    rows: list[dict[str, Any]] = [
+        {"contestant": "ours", "peak": ours, "returned": 1, "kept": 0}
+        if ours
+        else {"contestant": "ours", "error": "killed"},
+        {"contestant": "eager", "peak": 10, "returned": 2, "kept": 0},
+    ]
+    rows = [{"case": "case", "eager": case.eager(row["contestant"]), **row} for row in rows]
+    result = Result.from_json(json.loads(json.dumps(world.measure(case).to_json())))
+    text = report.markdown([result], rows)
+    assert f"- **{verdict}" in text
+    assert text.count("- **") == 1
+
+
+def test_the_eager_path_of_a_contestant() -> None:
+    """The one that it is compared with, else the case's first; none where there is none."""
+    world = World()
+    peers = [world.contestant(n, [], role="peer") for n in ("compiled", "eager a", "eager b")]
+    floor = world.contestant("floor", [], role="floor")
+    ours = world.contestant("ours", [], against=("compiled", "eager b"))
+    other = world.contestant("other", [])
+    case = Case("case", 1.0, 1.0, lambda: None, (ours, other, *peers, floor))
+    found = [case.eager(c.name) for c in case.contestants]
+    assert found == ["eager b", "eager a", "eager a", "eager a", "eager a", "eager a"]
+    assert Case("case", 1.0, 1.0, lambda: None, (other, floor)).eager("other") is None
+
+
+def test_a_claim_on_a_rate() -> None:
+    world = World()
+    result = world.measure(a_case(world))  # 6 GB in 0.5 s at best, 0.75 s in the median
+    assert result.verdict(Claim("ours", at_least=8.0, of="rate")) == "held"
+    assert result.verdict(Claim("ours", at_least=8.1, of="rate")) == "missed"
+    result.claims = [Claim("ours", at_least=8.0, of="rate")]
+    line = "- **held**: ours does at least 8 G a second: 12.00 GB/s at best, 8.00 in the median"
+    assert line in report.markdown([result])
+    wrong = world.measure(a_case(World(), error=1.0))
+    assert wrong.verdict(Claim("ours", at_least=8.0, of="rate")) == "refused"
+
+
+@pytest.mark.parametrize(("over", "returned"), [(False, 1 << 24), (True, 0)])
+def test_what_a_step_returns_is_told_from_what_was_there(over: bool, returned: int) -> None:
+    """Two tensors of one storage count once, the logits' own memory not at all; the peak has the
+    temporary and what is returned."""
+    script = f"""
+import sys, types, torch
+from benchmarks import memory
+from benchmarks.harness import Case, Contestant, Step
+
+def setup(x):
+    def run():
+        temporary = torch.ones(1 << 21)
+        out = x if {over} else torch.ones(1 << 22)
+        out.add_(temporary.sum())
+        return out[0], [(out, out.view(2, -1))]
+    return Step(run)
+
+case = Case("case", 1.0, 1.0, lambda: torch.ones(1 << 22), (Contestant("floor", setup, "floor"),))
+sys.modules["benchmarks.bench_x"] = types.SimpleNamespace(cases=lambda quick: [case])
+found = memory.measure_here("x", "case", "floor", False, 1)
+print(found["peak"], found["returned"])
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=memory.ROOT,
+        env={**os.environ, **memory._MALLOC},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    peak, found = map(int, printed.split())
+    assert found == returned
+    assert peak == pytest.approx((1 << 23) + returned, abs=1 << 21)
 
 
 def test_peak_memory_sees_a_temporary() -> None:
