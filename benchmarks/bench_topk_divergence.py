@@ -5,8 +5,9 @@ Every step takes the same student logits and recorded top-k and returns the loss
 `overwrite_logits=True` writes it over logits that are restored outside the timed region. The floor
 is `s *= 1` over the same buffer: one read and one write, as no loss with a gradient can avoid.
 
-The peers are written out here after the formulas of docs/ops/topk_divergence.md: the tail bucket by
-1 - Q, and the truncated sum.
+The peers are written out here after the formulas of docs/ops/topk_divergence.md: the tail bucket
+by 1 - Q; verl's truncated sum, in which a row below 0 counts 0; axolotl's KL of both sides
+renormalized over the support. Each of ours is compared with the peer of the same objective.
 """
 
 from __future__ import annotations
@@ -40,9 +41,23 @@ def bucket(s: Tensor, log_p: Tensor, ids: Tensor, tail: Tensor) -> Tensor:
     return rows.mean()
 
 
-def truncated(s: Tensor, log_p: Tensor, ids: Tensor, tail: Tensor) -> Tensor:
+def verl(s: Tensor, log_p: Tensor, ids: Tensor, tail: Tensor) -> Tensor:
     log_q = s.float().log_softmax(-1).gather(-1, ids)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).mean()
+
+
+def axolotl(s: Tensor, log_p: Tensor, ids: Tensor, tail: Tensor) -> Tensor:
+    log_q = s.float().log_softmax(-1).gather(-1, ids)
+    log_p = log_p - log_p.logsumexp(-1, keepdim=True)
+    log_q = log_q - log_q.logsumexp(-1, keepdim=True)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+PEERS = {
+    "bucket": ("eager bucket", bucket),
+    "truncate": ("eager verl (truncate)", verl),
+    "renormalize": ("eager axolotl (renormalize)", axolotl),
+}
 
 
 def ours(
@@ -114,34 +129,32 @@ FLOOR = Contestant("floor: s *= 1", floor, "floor")
 
 
 def contestants(ours_at: dict[str, float], theirs: dict[str, float]) -> tuple[Contestant, ...]:
-    peers = ("eager bucket", "compiled bucket")
-    mine = partial(step, loss=ours, tail="bucket", limits=ours_at)
+    def against(tail: str) -> tuple[str, ...]:
+        return (PEERS[tail][0], "compiled bucket") if tail == "bucket" else (PEERS[tail][0],)
+
+    def over(tail: str) -> Callable[[Inputs], Step]:
+        loss = partial(ours, kind=tail, overwrite_logits=True)
+        return partial(step, loss=loss, tail=tail, limits=ours_at, overwrite=True)
+
     eager = partial(step, limits=theirs)
-    over = partial(ours, overwrite_logits=True)
     return (
-        Contestant("bucket", mine, against=peers),
         Contestant(
-            "bucket, overwrite_logits",
-            partial(step, loss=over, tail="bucket", limits=ours_at, overwrite=True),
-            against=peers,
+            "bucket",
+            partial(step, loss=ours, tail="bucket", limits=ours_at),
+            against=against("bucket"),
         ),
-        Contestant(
-            "truncate, overwrite_logits",
-            partial(
-                step, loss=partial(over, kind="truncate"), tail="truncate", limits=ours_at,
-                overwrite=True,
-            ),
-            against=("eager truncate",),
+        *(Contestant(f"{t}, overwrite_logits", over(t), against=against(t)) for t in PEERS),
+        *(
+            Contestant(name, partial(eager, loss=loss, tail=tail), "peer")
+            for tail, (name, loss) in PEERS.items()
         ),
-        Contestant("eager bucket", partial(eager, loss=bucket, tail="bucket"), "peer"),
-        Contestant("eager truncate", partial(eager, loss=truncated, tail="truncate"), "peer"),
         Contestant(
             "compiled bucket",
             partial(compiled_step, loss=bucket, tail="bucket", limits=theirs),
             "peer",
         ),
         FLOOR,
-    )  # fmt: skip
+    )
 
 
 def cases(quick: bool = False) -> list[Case]:
@@ -169,11 +182,6 @@ def cases(quick: bool = False) -> list[Case]:
             )
         )
     return out
-
-
-def memory_unit(x: Inputs) -> int:
-    """The student's logits."""
-    return x.student.nbytes
 
 
 @pytest.mark.benchmark(timer=played_back)
