@@ -20,16 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import linear
 from benchmarks.conftest import played_back
-from benchmarks.harness import Case, Claim, Contestant, Gate, Step
-from pydistill import _registry, linear_divergence
+from benchmarks.harness import Case, Claim
+from pydistill import linear_divergence
 from pydistill.testing.cases.linear_divergence import CASES
-
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# Logits rounded to bf16, as `torch.mm` rounds them, cost the peers up to 1e-2 of the loss.
-LIMITS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-THEIR_LIMITS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def ours(s: Tensor, w: Tensor, t: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -62,109 +57,42 @@ def linear_cross_entropy(s: Tensor, w: Tensor, t: Tensor, v: Tensor) -> Tensor:
     return F.linear_cross_entropy(s, w, (t @ v.T).float().softmax(-1).to(s.dtype))
 
 
-class Inputs:
+OURS = {mode: partial(ours, gradient=mode) for mode in ("in_forward", "recompute")}
+PEERS = {
+    "TRL": (trl, True),
+    "Liger": (liger, True),
+    "linear_cross_entropy": (linear_cross_entropy, False),
+}
+
+
+class Inputs(linear.Inputs):
     """Heads and hidden states of a case."""
 
     def __init__(self, case: Any, rows: int) -> None:
         given = case.inputs("cpu", 0)
-        self.tensors: tuple[Tensor, ...] = (
-            given["student_hidden"][:rows], given["student_weight"],
-            given["teacher_hidden"][:rows], given["teacher_weight"],
-        )  # fmt: skip
-
-    def gate(
-        self, loss: Loss, limit: float, has_value: bool, output: tuple[Tensor, Tensor, Tensor]
-    ) -> Gate:
-        """The timed call's gradient of a few hidden states, and the loss and the weight's gradient
-        of a call on those rows alone, against fp64."""
-        s, w, t, v = self.tensors
-        at = torch.linspace(0, len(s) - 1, min(len(s), 8)).long()
-        exact = partial(ours, impl="reference")
-        want, *slopes = forward_backward(
-            exact, s[at].double(), w.double(), t[at].double(), v.double()
+        super().__init__(
+            given["student_hidden"][:rows],
+            given["student_weight"],
+            (given["teacher_hidden"][:rows], given["teacher_weight"]),
+            exact=partial(ours, impl="reference"),
+            wholes=(1,),
         )
-        value, _, weight = forward_backward(loss, s[at], w, t[at], v)
-        hidden = output[1][at].double() * (len(s) / len(at))
-        errors = {
-            "loss": float(abs(value - want) / want),
-            "hidden": float((hidden - slopes[0]).norm() / slopes[0].norm()),
-            "weight": float((weight.double() - slopes[1]).norm() / slopes[1].norm()),
-        }
-        if not has_value:
-            del errors["loss"]
-        return Gate(errors, dict.fromkeys(errors, limit))
 
-
-def forward_backward(
-    loss: Loss, s: Tensor, w: Tensor, t: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    leaves = (s.detach().requires_grad_(), w.detach().requires_grad_())
-    value = loss(*leaves, t, v)
-    return value.detach(), *torch.autograd.grad(value, leaves)
-
-
-def step(x: Inputs, *, loss: Loss, limits: dict[torch.dtype, float], value: bool = True) -> Step:
-    limit = limits[x.tensors[0].dtype]
-    return Step(
-        partial(forward_backward, loss, *x.tensors),
-        check=partial(x.gate, loss, limit, value),
-    )
-
-
-def compiled_step(x: Inputs, **arguments: Any) -> Step:
-    torch.compiler.reset()
-    return step(x, loss=torch.compile(eager, dynamic=False), **arguments)
-
-
-def products(x: Inputs) -> Step:
-    """Every product of the loss and its gradients, and nothing else."""
-    s, w, t, v = x.tensors
-    logits, hidden, weight = s.new_empty(len(s), len(w)), torch.empty_like(s), torch.empty_like(w)
-
-    def run() -> None:
-        torch.mm(t, v.T, out=logits)
-        torch.mm(s, w.T, out=logits)
-        torch.mm(logits, w, out=hidden)
-        torch.mm(logits.T, s, out=weight)
-
-    return Step(run)
-
-
-FLOOR = Contestant("floor: torch.mm", products, "floor")
-PEERS = {"TRL": trl, "Liger": liger}
-
-
-def contestants() -> tuple[Contestant, ...]:
-    names = ("eager", "compiled", *PEERS, "linear_cross_entropy")
-    out = [
-        Contestant(
-            mode, partial(step, loss=partial(ours, gradient=mode), limits=LIMITS), against=names
-        )
-        for mode in ("in_forward", "recompute")
-    ]
-    their = partial(step, limits=THEIR_LIMITS)
-    out += [
-        Contestant("eager", partial(their, loss=eager), "peer"),
-        Contestant("compiled", partial(compiled_step, limits=THEIR_LIMITS), "peer"),
-        *(Contestant(name, partial(their, loss=loss), "peer") for name, loss in PEERS.items()),
-        Contestant(
-            "linear_cross_entropy", partial(their, loss=linear_cross_entropy, value=False), "peer"
-        ),
-        FLOOR,
-    ]
-    return tuple(out)
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.others[0], self.others[1])]
 
 
 def claims(rows: int) -> tuple[Claim, ...]:
     if rows < 64:
         return (Claim("in_forward", "eager", at_most=1.05),)
-    fused = (*PEERS, "linear_cross_entropy")
+    floor = linear.FLOOR.name
     return (
-        Claim("in_forward", FLOOR.name, at_most=1.3),
-        Claim("recompute", FLOOR.name, at_most=1.8),
+        Claim("in_forward", floor, at_most=1.3),
+        Claim("recompute", floor, at_most=1.8),
         Claim("in_forward", "compiled", at_least=1.15),
         Claim("in_forward", "eager", at_least=1.6),
-        *(Claim("in_forward", peer, at_least=1.0) for peer in fused),
+        *(Claim("in_forward", peer, at_least=1.0) for peer in PEERS),
+        *(Claim(mode, "eager", at_most=0.1, of="memory") for mode in OURS),
     )
 
 
@@ -174,20 +102,17 @@ def cases(quick: bool = False) -> list[Case]:
     for table in CASES:
         if "bench" not in table.marks or (quick and table.shape[1] > 50000):
             continue
-        (rows, vocab), dtype = table.shape, table.dtypes[0]
-        h = int(table.id.split("x")[-2])
-        count = min(rows, 32) if quick else rows
-        chosen = _registry.explain(_registry.OPERATORS["linear_divergence"], "cpu")
+        dtype, h = linear.DTYPES[table.dtypes[0]], int(table.id.split("x")[-2])
+        rows, vocab = linear.rows(table, quick), table.shape[1]
         out.append(
-            Case(
-                f"forward_kl {DTYPES[dtype]} N = {count}, H = {h} and 2048, V = {vocab}",
-                bytes=0,
-                flops=table.flops["in_forward"] * count / rows,
-                inputs=partial(Inputs, table, count),
-                notes={"backend": f"{chosen.backend} ({chosen.reason})"},
-                contestants=contestants(),
-                claims=claims(rows),
-                roof="mm_fp32" if dtype == torch.float32 else "mm_bf16",
+            linear.case(
+                table,
+                f"forward_kl {dtype} N = {rows}, H = {h} and 2048, V = {vocab}",
+                quick,
+                Inputs,
+                table.flops["in_forward"],
+                contestants=linear.contestants(OURS, eager, PEERS),
+                claims=claims(table.shape[0]),
             )
         )
     return out

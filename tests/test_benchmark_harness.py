@@ -1,5 +1,6 @@
 """The benchmark harness, on contestants that only move an injected clock: nothing is timed here."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from benchmarks.harness import (
     measure,
     measure_again,
 )
+from pydistill import _registry
 
 ROOT = Path(__file__).parents[1]
 QUIET_RATES = {"add": 20.0, "copy": 10.0, "mm_fp32": 200.0, "mm_bf16": 1000.0}
@@ -418,6 +420,21 @@ def test_the_eager_path_of_a_contestant() -> None:
     found = [case.eager(c.name) for c in case.contestants]
     assert found == ["eager b", "eager a", "eager a", "eager a", "eager a", "eager a"]
     assert Case("case", 1.0, 1.0, lambda: None, (other, floor)).eager("other") is None
+
+
+@pytest.mark.parametrize("op", sorted(_registry.OPERATORS))
+def test_every_operator_has_a_benchmark(op: str) -> None:
+    """Its cases are built without their inputs, every one of ours has somebody to be compared with
+    and the subjects of claims are ours."""
+    assert op in run.OPS
+    module = importlib.import_module(f"benchmarks.bench_{op}")
+    assert callable(getattr(module, f"test_{op}"))
+    for quick in (True, False):
+        found = module.cases(quick=quick)
+        assert found and len({case.name for case in found}) == len(found)
+        for case in found:
+            ours = {c.name for c in case.contestants if c.role == "subject"}
+            assert ours and {claim.subject for claim in case.claims} <= ours
 
 
 def test_a_claim_on_a_rate() -> None:
