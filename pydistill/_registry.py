@@ -43,12 +43,13 @@ _libraries = {ns: torch.library.Library(ns, "FRAGMENT") for ns in set(_NAMESPACE
 
 @dataclass(frozen=True)
 class Operator:
-    """A public operator: its name (the stem of its room), the dtypes its kernels take and the
-    values of its argument `kind`, if it has one."""
+    """An operator: its name (the stem of its room), the dtypes its kernels take and the values of
+    its argument `kind`, if it has one. An internal one serves others and is not exported."""
 
     name: str
     dtypes: frozenset[torch.dtype]
     kinds: tuple[str, ...] = ()
+    internal: bool = False
     kernels: list[str] = field(default_factory=list)
 
 
@@ -65,10 +66,17 @@ _ORDER = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}  # what "auto" tries, by 
 OPERATORS: dict[str, Operator] = {}
 
 
-def operator(name: str, dtypes: set[torch.dtype], kinds: Iterable[str] = ()) -> Operator:
+def operator(
+    name: str, dtypes: set[torch.dtype], kinds: Iterable[str] = (), *, internal: bool = False
+) -> Operator:
     """Declares an operator; its kernels follow with `kernel`."""
-    OPERATORS[name] = Operator(name, frozenset(dtypes), tuple(kinds))
+    OPERATORS[name] = Operator(name, frozenset(dtypes), tuple(kinds), internal)
     return OPERATORS[name]
+
+
+def public() -> dict[str, Operator]:
+    """The operators that the package exports, by name in alphabetical order."""
+    return {name: op for name, op in sorted(OPERATORS.items()) if not op.internal}
 
 
 def kernel(op: Operator, name: str, schema: str, reference: Callable[..., None]) -> None:

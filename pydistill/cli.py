@@ -145,7 +145,7 @@ def environment() -> dict[str, Any]:
                 for device in devices
                 for choice in [_registry.explain(op, device)]
             }
-            for name, op in sorted(_registry.OPERATORS.items())
+            for name, op in _registry.public().items()
         },
     }  # fmt: skip
 
@@ -189,7 +189,7 @@ def _ops(options: argparse.Namespace) -> int:
             "dtypes": sorted(str(dtype).removeprefix("torch.") for dtype in op.dtypes),
             "backends": [b for b in _registry.BACKENDS if _registry.has_kernel(op.kernels[0], b)],
         }
-        for name, op in sorted(_registry.OPERATORS.items())
+        for name, op in _registry.public().items()
     }
     if options.json:
         _print_json(found)

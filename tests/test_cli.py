@@ -72,6 +72,14 @@ def test_ops_lists_kernels_kinds_and_backends(run: Run) -> None:
     assert "todi" in out
 
 
+def test_internal_operators_are_not_listed(run: Run) -> None:
+    """`env` and `ops` speak of what a user can call, and of all of it."""
+    exported = {name for name in _registry.OPERATORS if hasattr(pydistill, name)}
+    assert "matmul" in _registry.OPERATORS
+    assert set(json.loads(run("env", "--json")[1])["operators"]) == exported
+    assert set(json.loads(run("ops", "--json")[1])) == exported
+
+
 def test_ops_lists_the_kinds_that_an_operator_takes(run: Run) -> None:
     """Its own and none but those; none where it has no such argument."""
     found = json.loads(run("ops", "--json")[1])

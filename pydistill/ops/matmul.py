@@ -19,7 +19,7 @@ from pydistill import _registry
 from pydistill.ops._rows import has_tangent
 from pydistill.reference.matmul import matmul_out, matmul_reference, shares_memory, write
 
-OP = _registry.operator("matmul", {torch.float32, torch.bfloat16, torch.float16})
+OP = _registry.operator("matmul", {torch.float32, torch.bfloat16, torch.float16}, internal=True)
 _registry.kernel(
     OP,
     "matmul_out",
