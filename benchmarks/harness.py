@@ -43,9 +43,7 @@ class Gate:
         return all(error <= self.limits[name] for name, error in self.errors.items())  # NaN fails
 
     def __str__(self) -> str:
-        return ", ".join(
-            f"{k} {e:.1e} (limit {self.limits[k]:.0e})" for k, e in self.errors.items()
-        )
+        return ", ".join(f"{k} {e:.3g} (limit {self.limits[k]:g})" for k, e in self.errors.items())
 
 
 @dataclass(frozen=True)
