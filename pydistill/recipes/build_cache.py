@@ -4,6 +4,9 @@ Texts become documents of at most `length` tokens, in their order; each position
 the next token is a row. Any end of the process leaves a cache that the same call resumes: rows are
 counted in tokens, so a document may be half done, and the tokens already there are compared with
 the texts'.
+
+Rows come from the teacher's last hidden states and its head, without logits in memory, where those
+make its logits; a model that scales or caps what its head gives is asked for the logits themselves.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pydistill import topk_logprobs
 from pydistill.cache import CacheError, CacheWriter, Manifest, TeacherCache, tokenizer_hash
 from pydistill.recipes import UsageError, demo, models
 
 _LOGITS_AT_ONCE = 2**28  # elements of the model's output: 512 MB in bf16
+# What models do to their head's output, by the name in the configuration: Cohere, Granite, Gemma,
+# Falcon-H1.
+_AFTER_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ def fill(
 ) -> None:
     """Appends every document's rows that `writer` does not have yet."""
     have = _Have(options.output, writer.written)
+    head = head_of(teacher)
     at_once = max(options.length, _LOGITS_AT_ONCE // writer.manifest.vocab_size)
     batch: list[tuple[list[int], int]] = []  # a document, and how much of it is written
     for document in documents:
@@ -147,7 +155,7 @@ def fill(
         if done == len(document):
             continue
         if batch and (len(batch) + 1) * max(len(d) for d, _ in [*batch, (document, 0)]) > at_once:
-            _append(writer, teacher, batch, options)
+            _append(writer, teacher, head, batch, options)
             batch = []
         batch.append((document, done))
     if have.left:
@@ -156,7 +164,7 @@ def fill(
             " with another text. Resume it with that, or name a new folder."
         )
     if batch:
-        _append(writer, teacher, batch, options)
+        _append(writer, teacher, head, batch, options)
 
 
 class _Have:
@@ -180,8 +188,44 @@ class _Have:
 
 
 @torch.no_grad()
+def head_of(teacher: Any) -> Any:
+    """The head, if the teacher's logits are its product with the last hidden states and no more;
+    else None.
+
+    Its configuration may name what comes after; what the code of a family does without a name
+    shows on a few tokens.
+    """
+    base, head = teacher.base_model, teacher.get_output_embeddings()
+    text = teacher.config.get_text_config()
+    if base is teacher or type(head) is not torch.nn.Linear:
+        return None
+    if any(getattr(text, name, None) not in (None, 1) for name in _AFTER_HEAD):
+        return None
+    ids = torch.arange(min(8, len(head.weight)))[None]
+    found = _outputs(base, ids, torch.ones_like(ids))
+    states = getattr(found, "last_hidden_state", None)
+    if states is None or states.shape[-1] != head.in_features:
+        return None
+    logits = _outputs(teacher, ids, torch.ones_like(ids)).logits.float()
+    bias = None if head.bias is None else head.bias.float()
+    ours = torch.nn.functional.linear(states.float(), head.weight.float(), bias)
+    rounding = 2 * torch.finfo(demo.compute_dtype()).eps
+    return head if (logits - ours).norm() <= rounding * logits.norm() else None
+
+
+def _outputs(model: Any, ids: Tensor, attended: Tensor) -> Any:
+    dtype = demo.compute_dtype()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        return model(input_ids=ids, attention_mask=attended, use_cache=False)
+
+
+@torch.no_grad()
 def _append(
-    writer: CacheWriter, teacher: Any, batch: list[tuple[list[int], int]], options: Options
+    writer: CacheWriter,
+    teacher: Any,
+    head: Any,
+    batch: list[tuple[list[int], int]],
+    options: Options,
 ) -> None:
     longest = max(len(document) for document, _ in batch)
     ids = torch.zeros(len(batch), longest, dtype=torch.int64)
@@ -189,12 +233,14 @@ def _append(
     for row, (document, _) in enumerate(batch):
         ids[row, : len(document)] = torch.tensor(document)
         attended[row, : len(document)] = 1
-    dtype = demo.compute_dtype()
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        logits = teacher(input_ids=ids, attention_mask=attended, use_cache=False).logits
+    if head is None:
+        found, last = _outputs(teacher, ids, attended).logits, {}
+    else:
+        found = _outputs(teacher.base_model, ids, attended).last_hidden_state
+        last = {"weight": head.weight, "bias": head.bias}
     for row, (document, done) in enumerate(batch):
-        rows = logits[row, done : len(document)]
-        top = topk_logprobs(rows, options.k, temperature=options.temperature)
+        rows = found[row, done : len(document)]
+        top = topk_logprobs(rows, options.k, temperature=options.temperature, **last)
         writer.append(ids[row, done : len(document)], *top[:3], continues=done > 0)
 
 

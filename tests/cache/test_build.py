@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("transformers", reason="a teacher needs the extra `hf`")
 
-from pydistill import cli
+from pydistill import cli, topk_logprobs
 from pydistill.cache import TeacherCache, truncation
 from pydistill.cache.shard import file_path
 from pydistill.recipes import build_cache, models
@@ -98,8 +98,9 @@ def test_ctrl_c_is_resumed_to_the_same_cache(
     tiny: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, whole = tmp_path / "c", tmp_path / "whole"
+    # A document at a time in both, since the rounding of a product depends on its shape.
+    monkeypatch.setattr(build_cache, "_LOGITS_AT_ONCE", 1)
     assert run(*arguments(tiny, text, whole))[0] == 0
-    monkeypatch.setattr(build_cache, "_LOGITS_AT_ONCE", 1)  # a document at a time
     real, calls = build_cache.topk_logprobs, []
 
     def interrupted(*args: object, **more: object) -> object:
@@ -119,15 +120,104 @@ def test_ctrl_c_is_resumed_to_the_same_cache(
     code, out, _ = run(*arguments(tiny, text, folder), "--json")
     assert code == 0
     assert json.loads(out)["resumed_at"] == 25
-    a, b = TeacherCache.open(folder), TeacherCache.open(whole)
-    assert torch.equal(a.documents, b.documents)
-    assert torch.equal(a.input_ids(0, 88), b.input_ids(0, 88))
-    same = (a[:].topk_ids == b[:].topk_ids).float().mean()
-    assert same > 0.9  # bf16 products depend on the batch
+    assert len(TeacherCache.open(folder)) == 88
+    for kind in ("rows", "tokens"):
+        assert file_path(folder, 0, kind).read_bytes() == file_path(whole, 0, kind).read_bytes()
 
     text.write_text("another\n" + text.read_text())
     code, _, err = run(*arguments(tiny, text, folder))
     assert code == 2 and "is complete" in err
+
+
+def test_hidden_states_and_logits_give_the_same_cache(
+    tiny: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32, where the rounding of the logits decides no rank."""
+    monkeypatch.setattr(build_cache.demo, "compute_dtype", lambda: torch.float32)
+    real, given = build_cache.topk_logprobs, []
+
+    def spied(x: torch.Tensor, *args: object, **more: object) -> object:
+        given.append(x.shape[-1])
+        return real(x, *args, **more)
+
+    monkeypatch.setattr(build_cache, "topk_logprobs", spied)
+    assert run(*arguments(tiny, text, tmp_path / "hidden"))[0] == 0
+    monkeypatch.setattr(build_cache, "head_of", lambda teacher: None)
+    assert run(*arguments(tiny, text, tmp_path / "logits"))[0] == 0
+    assert given == [32] * 7 + [257] * 7
+    a, b = (TeacherCache.open(tmp_path / name)[:] for name in ("hidden", "logits"))
+    assert torch.equal(a.topk_ids, b.topk_ids)
+    torch.testing.assert_close(a.tail_logprob, b.tail_logprob, rtol=0, atol=1e-5)
+    off = (a.topk_logprobs - b.topk_logprobs).abs()
+    # A log-probability next to a code's edge may take the next one, 2 / 254 of a range of 1 away.
+    assert off.max() <= 0.008 and off.mean() <= 1e-5  # 9.6e-7 is the largest found
+
+
+SMALL = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40,
+    "intermediate_size": 32, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.5,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "plain"),
+    [
+        ("Llama", {}, True),
+        ("Phi", {}, True),  # its head has a bias
+        ("GPT2", {}, True),
+        ("Granite", {"logits_scaling": 1.0}, True),
+        ("Granite", {"logits_scaling": 8.0}, False),
+        ("Cohere", {"logit_scale": 0.0625}, False),
+        ("Gemma2", {"final_logit_softcapping": 30.0}, False),
+        ("Gemma2", {"final_logit_softcapping": None}, True),
+    ],
+)
+def test_a_head_is_used_where_it_makes_the_logits(
+    family: str, options: dict[str, object], plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(build_cache.demo, "compute_dtype", lambda: torch.float32)
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **options})
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    model = getattr(transformers, name)(config).eval()
+    head = build_cache.head_of(model)
+    if not plain:
+        assert head is None
+        return
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias)
+        assert build_cache.head_of(model) is head
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        states = model.base_model(input_ids=ids).last_hidden_state
+        found = topk_logprobs(states, 5, weight=head.weight, bias=head.bias)
+        want = topk_logprobs(model(input_ids=ids).logits, 5)
+    assert torch.equal(found.ids, want.ids)
+    torch.testing.assert_close(found.logprobs, want.logprobs, rtol=0, atol=2e-5)
+    assert (family == "Phi") == (head.bias is not None)
+
+
+@pytest.mark.parametrize(
+    "after", [lambda z: 1.05 * z, lambda z: z + 1, lambda z: 3 * (z / 3).tanh()]
+)
+def test_what_no_configuration_names_is_found(
+    tiny: Path, after: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model whose code changes the logits, in bf16, where rounding hides most."""
+    monkeypatch.setattr(build_cache.demo, "compute_dtype", lambda: torch.bfloat16)
+    model, _ = models.load(str(tiny), torch.bfloat16)
+    assert build_cache.head_of(model) is model.get_output_embeddings()
+    real = type(model).forward
+
+    def changed(self: object, *args: object, **more: object) -> object:
+        found = real(self, *args, **more)
+        found.logits = after(found.logits)
+        return found
+
+    monkeypatch.setattr(type(model), "forward", changed)
+    assert build_cache.head_of(model) is None
 
 
 def test_a_half_written_document_is_continued(
