@@ -90,7 +90,7 @@ class Stored:
             for number in range(tokens // BATCH):
                 ids, log_p, tail = batch(number, vocab, k)
                 writer.append(ids[:, 0], ids, log_p, tail)
-        self.cache = TeacherCache.open(self.folder)
+        self.cache = TeacherCache.open(self.folder, tokenizer=None)
 
     def slices(self) -> Iterator[tuple[int, int]]:
         for begin in range(0, self.tokens, SLICE):
@@ -143,7 +143,7 @@ def read(x: Stored) -> Step:
 
 def first_read(x: Stored) -> Step:
     def run() -> None:
-        opened = TeacherCache.open(x.folder)
+        opened = TeacherCache.open(x.folder, tokenizer=None)
         for begin, end in x.slices():
             opened[begin:end]
 

@@ -310,7 +310,7 @@ def _cache_info(options: argparse.Namespace) -> int:
     from pydistill.cache import CacheError, TeacherCache, truncation
 
     try:
-        cache = TeacherCache.open(options.folder, partial=True)
+        cache = TeacherCache.open(options.folder, tokenizer=None, partial=True)
         lost = truncation(cache)
     except CacheError as error:
         raise _Problem(str(error)) from error
@@ -339,7 +339,7 @@ def _cache_verify(options: argparse.Namespace) -> int:
     from pydistill.cache import CacheError, TeacherCache
 
     try:
-        cache = TeacherCache.open(options.folder, partial=True)
+        cache = TeacherCache.open(options.folder, tokenizer=None, partial=True)
         cache.verify()
     except CacheError as error:
         if options.json:

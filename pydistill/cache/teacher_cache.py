@@ -42,7 +42,7 @@ class TeacherCache:
     def open(
         folder: str | os.PathLike[str],
         *,
-        tokenizer: Any = None,
+        tokenizer: Any,
         vocab_size: int | None = None,
         partial: bool = False,
     ) -> TeacherCache:
@@ -50,7 +50,8 @@ class TeacherCache:
 
         Args:
             tokenizer: the student's, which must give every id the meaning it has in the cache; a
-                tokenizer of transformers, a dict from token to id, or a hash. None asks nothing.
+                tokenizer of transformers, a dict from token to id, or a hash. None asks nothing:
+                for whoever looks at a cache and trains nobody from it.
             vocab_size: the width of the student's logits, which must be the cache's.
             partial: also opens a cache that is not finished, with the tokens committed so far.
 
@@ -236,4 +237,4 @@ def _has_records(folder: Path, number: int) -> bool:
 
 
 def _reopen(folder: Path) -> TeacherCache:
-    return TeacherCache.open(folder, partial=True)
+    return TeacherCache.open(folder, tokenizer=None, partial=True)

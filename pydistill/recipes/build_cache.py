@@ -75,7 +75,7 @@ def run(options: Options, progress: bool = True) -> Result:
             with demo._bar(progress, len(texts), "teacher explains") as bar:
                 documents = tokenized(tokenizer, texts, options.length, bar)
                 fill(writer, teacher, documents, options)
-        cache = TeacherCache.open(options.output)
+        cache = TeacherCache.open(options.output, tokenizer=None)
     except (CacheError, OSError) as error:
         said = error.strerror if isinstance(error, OSError) else None
         raise UsageError(said or str(error)) from error
@@ -172,7 +172,7 @@ class _Have:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.at, self.left = folder, 0, count
-        cache = TeacherCache.open(folder, partial=True)
+        cache = TeacherCache.open(folder, tokenizer=None, partial=True)
         self.tokens = cache.input_ids(0, count).tolist()
 
     def skip(self, document: list[int]) -> int:

@@ -123,8 +123,8 @@ def in_child(job: Callable[[Callable[[int], None]], None]) -> tuple[int, int]:
 def resumed(folder: Path, reported: int, whole: Path) -> None:
     """Whatever was reported is there; after resuming, the files are those of `whole`."""
     if (folder / manifests.NAME).exists():
-        assert len(TeacherCache.open(folder, partial=True)) >= reported
-        TeacherCache.open(folder, partial=True).verify()
+        assert len(TeacherCache.open(folder, tokenizer=None, partial=True)) >= reported
+        TeacherCache.open(folder, tokenizer=None, partial=True).verify()
         complete = manifests.read(folder).tokens is not None
     else:
         assert reported == 0

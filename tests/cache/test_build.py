@@ -114,13 +114,13 @@ def test_ctrl_c_is_resumed_to_the_same_cache(
         code, _, err = run(*arguments(tiny, text, folder))
         assert code == 130
         assert f"{folder} is kept; the same command resumes it." in err
-        assert len(TeacherCache.open(folder, partial=True)) == tokens
+        assert len(TeacherCache.open(folder, tokenizer=None, partial=True)) == tokens
     code, out, _ = run("verify", folder)
     assert (code, out) == (0, "25 tokens, unfinished, every checksum right\n")
     code, out, _ = run(*arguments(tiny, text, folder), "--json")
     assert code == 0
     assert json.loads(out)["resumed_at"] == 25
-    assert len(TeacherCache.open(folder)) == 88
+    assert len(TeacherCache.open(folder, tokenizer=None)) == 88
     for kind in ("rows", "tokens"):
         assert file_path(folder, 0, kind).read_bytes() == file_path(whole, 0, kind).read_bytes()
 
@@ -145,7 +145,7 @@ def test_hidden_states_and_logits_give_the_same_cache(
     monkeypatch.setattr(build_cache, "head_of", lambda teacher: None)
     assert run(*arguments(tiny, text, tmp_path / "logits"))[0] == 0
     assert given == [32] * 7 + [257] * 7
-    a, b = (TeacherCache.open(tmp_path / name)[:] for name in ("hidden", "logits"))
+    a, b = (TeacherCache.open(tmp_path / name, tokenizer=None)[:] for name in ("hidden", "logits"))
     assert torch.equal(a.topk_ids, b.topk_ids)
     torch.testing.assert_close(a.tail_logprob, b.tail_logprob, rtol=0, atol=1e-5)
     off = (a.topk_logprobs - b.topk_logprobs).abs()
@@ -235,7 +235,7 @@ def test_a_half_written_document_is_continued(
 
     monkeypatch.setattr(build_cache.CacheWriter, "append", half)
     assert run(*arguments(tiny, text, folder))[0] == 130
-    assert len(TeacherCache.open(folder, partial=True)) == 12
+    assert len(TeacherCache.open(folder, tokenizer=None, partial=True)) == 12
     before = text.read_text()
     text.write_text(before.replace("longer", "lunger"))
     code, _, err = run(*arguments(tiny, text, folder))
@@ -248,7 +248,7 @@ def test_a_half_written_document_is_continued(
     code, _, err = run(*arguments(tiny, text, folder)[:-1], "1")
     assert code == 2 and "begun with another temperature (2.0, not 1.0)" in err
     assert run(*arguments(tiny, text, folder))[0] == 0
-    assert TeacherCache.open(folder).documents.diff().tolist() == lengths()
+    assert TeacherCache.open(folder, tokenizer=None).documents.diff().tolist() == lengths()
 
 
 def test_jsonl_and_chats(tiny: Path, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_truncation_against_sums(tmp_path: Path) -> None:
     tail = torch.logsumexp(log_p.scatter(1, ids, -math.inf), 1)
     with CacheWriter(tmp_path / "c", Manifest("m", "sha256:0", 40, 10)) as writer:
         writer.append(torch.zeros(50).long(), ids, values, tail)
-    found = truncation(TeacherCache.open(tmp_path / "c"))
+    found = truncation(TeacherCache.open(tmp_path / "c", tokenizer=None))
     assert [row.k for row in found] == [1, 2, 4, 8, 10]
     for row in found:
         kept = values[:, : row.k].double().exp().sum(1)

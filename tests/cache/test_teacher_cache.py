@@ -69,7 +69,7 @@ def check_rows(got: TopkTeacher, rows: Tensor) -> None:
 
 
 def test_any_range_and_any_choice_is_read(written: Path) -> None:
-    cache = TeacherCache.open(written)
+    cache = TeacherCache.open(written, tokenizer=None)
     assert len(cache) == N
     assert sorted(path.name for path in written.glob("*.rows")) == [
         "00000.rows", "00001.rows", "00002.rows",
@@ -91,7 +91,7 @@ def test_any_range_and_any_choice_is_read(written: Path) -> None:
 
 
 def test_tokens_and_documents(written: Path) -> None:
-    cache = TeacherCache.open(written)
+    cache = TeacherCache.open(written, tokenizer=None)
     assert cache.documents.diff().tolist() == LENGTHS
     assert torch.equal(cache.input_ids(0, N), TOKENS)
     assert torch.equal(cache.input_ids(345, 356), TOKENS[345:356])
@@ -101,7 +101,7 @@ def test_tokens_and_documents(written: Path) -> None:
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_a_slice_goes_into_the_loss(written: Path, tail: str) -> None:
-    got = TeacherCache.open(written)[340:360]
+    got = TeacherCache.open(written, tokenizer=None)[340:360]
     student = torch.randn(20, V, requires_grad=True)
     options: dict[str, Any] = {"kind": "jsd", "tail": tail, "reduction": "none"}
     loss = topk_divergence(student, got, **options)
@@ -124,7 +124,7 @@ def test_the_cache_brings_its_temperature(tmp_path: Path) -> None:
     rows = top(logits()[:5] / 2)
     with CacheWriter(tmp_path / "c", manifest) as writer:
         writer.append(TOKENS[:5], *rows)
-    got = TeacherCache.open(tmp_path / "c")[:5]
+    got = TeacherCache.open(tmp_path / "c", tokenizer=None)[:5]
     student = torch.randn(5, V)
     topk_divergence(student, got, temperature=2.0)
     for tail in ("bucket", "truncate"):
@@ -138,7 +138,7 @@ def test_the_cache_brings_its_temperature(tmp_path: Path) -> None:
 
 
 def test_a_slice_of_another_vocabulary_is_refused(written: Path) -> None:
-    got = TeacherCache.open(written)[:2]
+    got = TeacherCache.open(written, tokenizer=None)[:2]
     with pytest.raises(ValueError, match="recorded over 300 tokens, but student_logits has 301"):
         topk_divergence(torch.randn(2, 301), got)
     topk_divergence(torch.randn(2, 301), got._replace(vocab_size=None))
@@ -165,7 +165,7 @@ def test_another_tokenizer_or_vocabulary_is_refused(written: Path) -> None:
     for words in ("teacher", "student", MANIFEST.tokenizer, tokenizer_hash(Tokenizer())):
         assert words in str(raised.value)
     with pytest.raises(CacheError, match="300 tokens of teacher, the student's logits over 320"):
-        TeacherCache.open(written, vocab_size=320)
+        TeacherCache.open(written, tokenizer=None, vocab_size=320)
     with pytest.raises(ValueError, match="is no hash"):
         TeacherCache.open(written, tokenizer="gpt2")
 
@@ -188,7 +188,7 @@ def test_every_flipped_bit_is_found_and_named(copy: Path, where: str) -> None:
         flipped[at] ^= 1 << bit
         path.write_bytes(flipped)
         with pytest.raises(CacheError) as raised:
-            TeacherCache.open(copy).verify()
+            TeacherCache.open(copy, tokenizer=None).verify()
         path.write_bytes(whole)
         assert path.name in str(raised.value)
         if where == "index":
@@ -198,7 +198,7 @@ def test_every_flipped_bit_is_found_and_named(copy: Path, where: str) -> None:
             ends = np.cumsum(read_index(copy, shard, True)["rows"])
             block = int(np.searchsorted(ends, row, side="right"))
             assert f"block {block} of shard {shard}" in str(raised.value)
-    TeacherCache.open(copy).verify()
+    TeacherCache.open(copy, tokenizer=None).verify()
 
 
 def test_a_reader_notices_damage_where_it_reads(copy: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_reader_notices_damage_where_it_reads(copy: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[200 * MANIFEST.layout.stride] ^= 1
     path.write_bytes(damaged)
-    cache = TeacherCache.open(copy)
+    cache = TeacherCache.open(copy, tokenizer=None)
     cache[0:400], cache[700:]
     for _ in range(2):
         with pytest.raises(CacheError, match=r"block \d of shard 1 \(its tokens \d+ to \d+\)"):
@@ -224,25 +224,25 @@ def test_every_cut_and_every_lost_file_is_found(copy: Path, where: str, shard: i
     for size in (0, 1, unit, unit + 1, len(whole) // 2, len(whole) - unit, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(CacheError, match=path.name):
-            TeacherCache.open(copy).verify()
+            TeacherCache.open(copy, tokenizer=None).verify()
     path.write_bytes(whole + whole[-unit:])
     with pytest.raises(CacheError, match=path.name):
-        TeacherCache.open(copy).verify()
+        TeacherCache.open(copy, tokenizer=None).verify()
     path.unlink()
     with pytest.raises(CacheError, match=f"shard {shard} .*missing.*{path.name}"):
-        TeacherCache.open(copy).verify()
+        TeacherCache.open(copy, tokenizer=None).verify()
 
 
 def test_a_shard_too_many_or_a_manifest_too_few(copy: Path) -> None:
     for kind in ("rows", "tokens", "index"):
         shutil.copy(file_path(copy, 0, kind), file_path(copy, 3, kind))
     with pytest.raises(CacheError, match="files of shard 3, but the manifest's 1000 tokens"):
-        TeacherCache.open(copy)
+        TeacherCache.open(copy, tokenizer=None)
     (copy / NAME).unlink()
     with pytest.raises(CacheError, match=r"no teacher cache: it has no manifest\.json"):
-        TeacherCache.open(copy)
+        TeacherCache.open(copy, tokenizer=None)
     with pytest.raises(CacheError, match="no teacher cache"):
-        TeacherCache.open(copy / "nothing")
+        TeacherCache.open(copy / "nothing", tokenizer=None)
 
 
 def test_blocks_in_another_order_are_noticed(copy: Path) -> None:
@@ -251,7 +251,7 @@ def test_blocks_in_another_order_are_noticed(copy: Path) -> None:
     whole, size = path.read_bytes(), RECORD.itemsize
     path.write_bytes(whole[size : 2 * size] + whole[:size] + whole[2 * size :])
     with pytest.raises(CacheError, match="record of block 0 of shard 0"):
-        TeacherCache.open(copy).verify()
+        TeacherCache.open(copy, tokenizer=None).verify()
 
 
 def test_a_manifest_of_the_future(copy: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_manifest_of_the_future(copy: Path) -> None:
     data["version"] = 2
     (copy / NAME).write_text(json.dumps({**data, "crc32": _checksum(data)}))
     with pytest.raises(CacheError, match="format version 2, this release reads 1; update"):
-        TeacherCache.open(copy)
+        TeacherCache.open(copy, tokenizer=None)
 
 
 def interrupted(folder: Path, count: int = 500) -> Path:
@@ -279,8 +279,8 @@ def interrupted(folder: Path, count: int = 500) -> Path:
 def test_ctrl_c_keeps_what_was_appended(tmp_path: Path) -> None:
     folder = interrupted(tmp_path / "c")
     with pytest.raises(CacheError, match=r"unfinished, with 500 tokens; resume .*partial=True"):
-        TeacherCache.open(folder)
-    part = TeacherCache.open(folder, partial=True)
+        TeacherCache.open(folder, tokenizer=None)
+    part = TeacherCache.open(folder, tokenizer=None, partial=True)
     check_rows(part[:], torch.arange(500))
     with CacheWriter(folder, MANIFEST) as writer:
         assert (writer.written, writer.appended) == (500, 500)
@@ -288,7 +288,7 @@ def test_ctrl_c_keeps_what_was_appended(tmp_path: Path) -> None:
         assert writer.appended == 800
         writer.append(*(x[800:] for x in ROWS))
         assert writer.flush() == writer.written == N
-    whole = TeacherCache.open(folder)
+    whole = TeacherCache.open(folder, tokenizer=None)
     check_rows(whole[:], torch.arange(N))
     assert whole.documents.diff().tolist() == LENGTHS
 
@@ -315,7 +315,7 @@ def test_resuming_cuts_a_torn_end_and_refuses_damage(tmp_path: Path, where: str)
     whole = path.read_bytes()
     for torn in (b"\x01", b"\0" * RECORD.itemsize, b"\0" * 31):
         path.write_bytes(whole + torn)
-        assert len(TeacherCache.open(folder, partial=True)) == 500
+        assert len(TeacherCache.open(folder, tokenizer=None, partial=True)) == 500
         writer = CacheWriter(folder, MANIFEST)
         assert writer.written == 500
         writer.close()
@@ -326,11 +326,14 @@ def test_resuming_cuts_a_torn_end_and_refuses_damage(tmp_path: Path, where: str)
     else:
         path.write_bytes(whole[:-1])
         words = rf"{path.name} \(shard 1\) is cut short"
-    for attempt in (lambda: CacheWriter(folder, MANIFEST), lambda: TeacherCache.open(folder)):
+    for attempt in (
+        lambda: CacheWriter(folder, MANIFEST),
+        lambda: TeacherCache.open(folder, tokenizer=None),
+    ):
         with pytest.raises(CacheError, match=words):
             attempt()
     path.write_bytes(whole)
-    assert len(TeacherCache.open(folder, partial=True)) == 500
+    assert len(TeacherCache.open(folder, tokenizer=None, partial=True)) == 500
 
 
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
@@ -369,7 +372,7 @@ def test_a_full_disk_leaves_a_resumable_cache(
     with CacheWriter(folder, MANIFEST) as writer:
         assert 500 <= writer.written < N
         writer.append(*(x[writer.written :] for x in ROWS), continues=True)
-    check_rows(TeacherCache.open(folder)[:], torch.arange(N))
+    check_rows(TeacherCache.open(folder, tokenizer=None)[:], torch.arange(N))
 
 
 def _limited(folder: Path, sent: Any) -> None:
@@ -411,7 +414,7 @@ def _read(cache: TeacherCache, seed: int, sent: Any) -> None:
 def test_readers_in_other_processes(written: Path) -> None:
     context = multiprocessing.get_context("spawn")
     sent = context.Queue()
-    cache = TeacherCache.open(written)
+    cache = TeacherCache.open(written, tokenizer=None)
     cache[:]
     assert len(pickle.dumps(cache)) < 1000  # the folder's name, no rows
     children = [context.Process(target=_read, args=(cache, i, sent)) for i in range(2)]
@@ -427,7 +430,7 @@ def test_a_reader_beside_the_writer(tmp_path: Path) -> None:
     with CacheWriter(tmp_path / "c", MANIFEST, block_rows=64, commit_rows=90) as writer:
         for some in torch.arange(N).split(70):
             writer.append(*(x[some] for x in ROWS))
-            cache = TeacherCache.open(tmp_path / "c", partial=True)
+            cache = TeacherCache.open(tmp_path / "c", tokenizer=None, partial=True)
             assert len(cache) == writer.written
             check_rows(cache[:], torch.arange(writer.written)) if len(cache) else None
 
@@ -438,7 +441,7 @@ def test_fewer_entries_than_slots_and_other_dtypes(tmp_path: Path) -> None:
         writer.append(TOKENS[:6].int().numpy(), ids.int(), log_p.double(), tail.numpy())
         writer.append(TOKENS[:6], ids, log_p.bfloat16(), tail.half())
         writer.append(TOKENS[:0], ids[:0], log_p[:0], tail[:0])
-    cache = TeacherCache.open(tmp_path / "c")
+    cache = TeacherCache.open(tmp_path / "c", tokenizer=None)
     got = cache[:6]
     assert (got.topk_ids[:, 5:] == -1).all() and (got.topk_ids[:, :5] >= 0).all()
     assert torch.equal(got.topk_ids, cache[6:].topk_ids)
@@ -469,7 +472,7 @@ def test_wrong_rows_are_refused_and_nothing_is_appended(
             writer.append(*(change.get(i, x) for i, x in enumerate(good)))
         assert writer.appended == 0
         writer.append(*good)
-    assert len(TeacherCache.open(tmp_path / "c")) == 3
+    assert len(TeacherCache.open(tmp_path / "c", tokenizer=None)) == 3
 
 
 @pytest.mark.parametrize(
@@ -488,9 +491,18 @@ def test_wrong_manifests(change: dict[str, Any], error: type[Exception], words: 
         Manifest(**{"model": "m", "tokenizer": "sha256:0", "vocab_size": V, "k": K, **change})
 
 
+def test_the_tokenizer_is_asked_for(written: Path) -> None:
+    """Forgetting it is an error; leaving it out is said."""
+    with pytest.raises(TypeError, match="tokenizer"):
+        TeacherCache.open(written)
+    with pytest.raises(CacheError, match="ids mean different tokens"):
+        TeacherCache.open(written, tokenizer={"other": 0})
+    assert len(TeacherCache.open(written, tokenizer=None)) == N
+
+
 def test_an_empty_cache(tmp_path: Path) -> None:
     CacheWriter(tmp_path / "c", MANIFEST).finish()
-    cache = TeacherCache.open(tmp_path / "c")
+    cache = TeacherCache.open(tmp_path / "c", tokenizer=None)
     cache.verify()
     assert (len(cache), cache.documents.tolist()) == (0, [0])
     assert cache[:].topk_ids.shape == (0, K)
@@ -527,7 +539,7 @@ def test_many_tokens(tmp_path: Path) -> None:
         for begin in range(0, 25 * rows, rows):
             some, log_p = given(begin, begin + rows)
             writer.append(some[:, 0], some, log_p[:, :-1], log_p[:, -1])
-    cache = TeacherCache.open(folder)
+    cache = TeacherCache.open(folder, tokenizer=None)
     cache.verify()
     assert len(cache) == 100_000
     assert cache.disk_bytes() / len(cache) <= 200
