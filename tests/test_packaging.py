@@ -57,6 +57,12 @@ def test_kernels_are_importable_and_are_the_same_files() -> None:
     assert Path(common.__file__).resolve() == ROOT / "kernels" / "_common" / "__init__.py"
 
 
+def leave_behind(project: Path) -> None:
+    """Leftovers of development, which must not travel."""
+    (project / "pydistill" / "_testing.so").write_bytes(b"")
+    (project / "pydistill" / "_C.abi3.so").write_bytes(b"stale")
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("source")
@@ -65,9 +71,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_symlink() or (ROOT / name).exists():
             shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
-    # Leftovers of development, which must not travel.
-    (copy / "pydistill" / "_testing.so").write_bytes(b"")
-    (copy / "pydistill" / "_C.abi3.so").write_bytes(b"stale")
+    leave_behind(copy)
     return copy
 
 
@@ -78,6 +82,12 @@ def sdist(source: Path) -> Path:
     return archive
 
 
+def kernels_of(source: Path) -> set[str]:
+    found = {f"pydistill/{path.relative_to(source)}" for path in source.glob("kernels/**/*.py")}
+    assert len(found) > 4
+    return found
+
+
 def wheel_from(project: Path, to: Path, *options: str, **environment: str) -> Path:
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", *options, "-w", to]
     run(*pip, project, cwd=to, **environment)
@@ -86,11 +96,16 @@ def wheel_from(project: Path, to: Path, *options: str, **environment: str) -> Pa
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `pip install .` makes it: in isolation, torch and build tools fetched by pip, among the
-    leftovers of development. Asking for the development module must not put it into a wheel."""
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `pip install` makes it from the index's sdist: in isolation, torch and build tools fetched
+    by pip, among leftovers of development. Asking for the development module must not put it into a
+    wheel."""
     to = tmp_path_factory.mktemp("wheel")
-    return wheel_from(source, to, PYDISTILL_BUILD_TESTING="1", MAX_JOBS="2", **PINS)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(to / "unpacked", filter="data")
+    (project,) = (to / "unpacked").iterdir()
+    leave_behind(project)
+    return wheel_from(project, to, PYDISTILL_BUILD_TESTING="1", MAX_JOBS="2", **PINS)
 
 
 def install_in_clean_environment(wheel: Path, to: Path) -> Path:
@@ -130,8 +145,7 @@ def test_wheel(source: Path, wheel: Path) -> None:
         "pydistill",
         "pydistill_kernels",
     }
-    kernels = {p.relative_to(source) for p in source.glob("kernels/**/*.py")}
-    assert {Path(n).relative_to("pydistill") for n in names if "/kernels/" in n} >= kernels
+    assert kernels_of(source) <= set(names)
     assert "pydistill/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -146,13 +160,20 @@ def test_wheel_in_a_clean_environment(wheel: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.packaging
-def test_pure_python_wheel(sdist: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("project", ["source", "sdist"])
+def test_pure_python_wheel(
+    project: str, source: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """From the tree, where `pydistill/kernels` is a link, and from the sdist, where it is not."""
     # No compiler at all: the build must not even look for one.
-    here = "--no-build-isolation"
-    wheel = wheel_from(sdist, tmp_path, here, PYDISTILL_NO_NATIVE="1", CXX="no-such-compiler")
+    native = {"PYDISTILL_NO_NATIVE": "1", "CXX": "no-such-compiler"}
+    found = request.getfixturevalue(project)
+    wheel = wheel_from(found, tmp_path, "--no-build-isolation", **native)
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        names = archive.namelist()
+    assert not [name for name in names if name.endswith(".so")]
+    assert kernels_of(source) <= set(names)
     python = install_in_clean_environment(wheel, tmp_path / "venv")
     said = run(python, "-c", IMPORT, cwd=tmp_path)
     assert said.startswith("False _C.abi3.so was not built; ")
