@@ -78,7 +78,7 @@ PD_END_TARGET
 #undef PD_TOGGLE
 #endif
 
-// The AMX capability adds tiles for matrix products; everything else runs the AVX512-BF16 code.
+// No kernel uses AMX's tiles yet: the AMX capability runs the AVX512-BF16 code.
 #define PD_EXPORT(function)                                                          \
   decltype(&scalar::function) const function##_table[pd::kCapabilities] = {          \
       &scalar::function, &avx2::function, &avx512::function, &avx512_bf16::function, \

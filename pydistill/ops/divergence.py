@@ -117,10 +117,9 @@ def divergence(
             Gradients reach what the logits were computed from; of logits that are a view, torch
             itself has none to give.
         group: a `torch.distributed.ProcessGroup` whose ranks each hold some columns of the
-            vocabulary, in the order of ranks, of both logits; all else is the same on
-            every rank, token ids are global, and so are the results. The gradient is that of the
-            local columns. Every rank
-            must call, and run backward. docs/vocab_parallel.md.
+            vocabulary, in the order of ranks, of both logits; all else is the same on every rank,
+            token ids are global, and so are the results. The gradient is that of the local columns.
+            Every rank must call, and run backward. docs/vocab_parallel.md.
         impl: "auto", "reference", "cpu", "triton" or "cuda"; an explicit choice never falls back.
 
     Returns:

@@ -87,8 +87,7 @@ def linear_divergence(
             holds the gradients, and for more tokens than hidden states have features a part of the
             logits' gradient, or fp32 sums of a half weight's shape (docs/ops/linear_divergence.md).
         group: a `torch.distributed.ProcessGroup` whose ranks each hold some rows of the weights and
-            biases, in the
-            order of ranks; all else is the same on every rank, and so are the
+            biases, in the order of ranks; all else is the same on every rank, and so are the
             results. Gradients are those of the local rows, and the whole of the hidden states',
             which this call sums over the ranks. Every rank must call, and run backward.
             docs/vocab_parallel.md.
