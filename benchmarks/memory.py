@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,12 @@ def storages(objects: Iterable[Any]) -> dict[int, int]:
     """Address and bytes of the memory of the tensors among `objects`."""
     import torch
 
-    # By their type: asking an object itself wakes lazy proxies.
-    found = [x.untyped_storage() for x in objects if issubclass(type(x), torch.Tensor)]
-    return {storage.data_ptr(): storage.nbytes() for storage in found}
+    found = {}
+    for x in objects:
+        if issubclass(type(x), torch.Tensor):  # by its type: asking an object wakes lazy proxies
+            with suppress(RuntimeError, NotImplementedError):  # the compiler's tensors have none
+                found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return found
 
 
 def flat(output: Any) -> Iterator[Any]:
