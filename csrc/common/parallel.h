@@ -44,8 +44,9 @@ class Block {
   int64_t bytes_ = 0;
 };
 
-// Scratch memory for the length of a call. A thread keeps one block from call to call: the C library
-// gives one of this size back to the system, and touching its pages anew costs a tenth of a sweep.
+// Scratch memory for the length of a call. A thread keeps one block from call to call: the C
+// library gives one of this size back to the system, and touching its pages anew costs a tenth of a
+// sweep.
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) {
