@@ -9,6 +9,8 @@
 // set is set by pragma for that namespace only: a file-wide -m flag would leak wide instructions
 // into the weak symbols of the standard library, and the linker may keep those for everybody.
 // PD_TOGGLE flips every round, so that the guards of *-inl.h files open again (see vec-inl.h).
+// The AMX capability runs the AVX512-BF16 code of all kernels but those that multiply tiles, which
+// define PD_USES_TILES first.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -23,6 +25,7 @@
 #define PD_TARGET_AVX2 1
 #define PD_TARGET_AVX512 2
 #define PD_TARGET_AVX512_BF16 3
+#define PD_TARGET_AMX 4
 
 #if defined(__clang__)
 #define PD_PRAGMA(x) _Pragma(#x)
@@ -57,6 +60,7 @@ PD_END_TARGET
 namespace pd {
 namespace avx512 = avx2;
 namespace avx512_bf16 = avx2;
+namespace amx = avx2;
 }  // namespace pd
 #else
 PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl")
@@ -76,13 +80,27 @@ PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl,avx51
 #undef PD_NAMESPACE
 PD_END_TARGET
 #undef PD_TOGGLE
+
+#ifdef PD_USES_TILES
+PD_BEGIN_TARGET(
+    "avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")
+#define PD_TARGET PD_TARGET_AMX
+#define PD_NAMESPACE amx
+#include PD_TARGET_INCLUDE
+#undef PD_TARGET
+#undef PD_NAMESPACE
+PD_END_TARGET
+#else
+namespace pd {
+namespace amx = avx512_bf16;
+}  // namespace pd
+#endif
 #endif
 
-// No kernel uses AMX's tiles yet: the AMX capability runs the AVX512-BF16 code.
 #define PD_EXPORT(function)                                                          \
   decltype(&scalar::function) const function##_table[pd::kCapabilities] = {          \
       &scalar::function, &avx2::function, &avx512::function, &avx512_bf16::function, \
-      &avx512_bf16::function};
+      &amx::function};
 #else
 #define PD_EXPORT(function)                                                       \
   decltype(&scalar::function) const function##_table[pd::kCapabilities] = {       \

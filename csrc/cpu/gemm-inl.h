@@ -1,13 +1,13 @@
-// Matrix product with fp32 arithmetic: out = a b, operands and result fp32, bf16 or fp16 each.
+// Matrix product with fp32 sums: out = a b, operands and result fp32, bf16 or fp16 each.
 //
-// Panels of kTileRows rows of a and of kTileColumns columns of b are packed depth-major, whatever
-// their dtype and order in memory, so there is one inner loop: a tile of the result in registers,
-// two vectors of b and kTileRows numbers of a a step. A step of the depth is an fp32 number of each
-// line, or, where the target multiplies bf16 (vdpbf16ps) and so are the operands, a pair of bf16,
-// which is as wide: twice the products from the same loads. The depth is cut into blocks so that a
-// panel of b stays in the first-level cache, the panels of a and b in work in the second. Partial
-// sums of a strip of tiles are kept packed too; the last block of the depth writes them out. An
-// element's sum is taken in one order, whatever its tile, its strip, or the number of threads.
+// Panels of rows of a and of columns of b are packed depth-major, whatever their dtype and order in
+// memory, so that a micro-kernel (gemm_vector-inl.h, gemm_amx-inl.h) reads one after the other: a
+// tile of the result in registers, a panel of each operand. A step of the depth is an fp32 number
+// of each line, or, where the target multiplies bf16 and so are the operands, a pair of bf16, which
+// is as wide. The depth is cut into blocks so that a panel of b stays in the first-level cache, the
+// panels of a and b in work in the second. Partial sums of a strip of tiles are kept packed too;
+// the last block of the depth writes them out. An element's sum is taken in one order, whatever its
+// tile, its strip, or the number of threads.
 #if defined(PD_GEMM_INL_H) == defined(PD_TOGGLE)
 #ifdef PD_GEMM_INL_H
 #undef PD_GEMM_INL_H
@@ -15,82 +15,41 @@
 #define PD_GEMM_INL_H
 #endif
 
+#include "cpu/gemm_amx-inl.h"
 #include "cpu/gemm_dots-inl.h"
 #include "cpu/gemm_pack-inl.h"
+#include "cpu/gemm_vector-inl.h"
 
 namespace pd::PD_NAMESPACE {
 namespace {
 
-// The accumulators, a row of b and one broadcast fill the registers: 16 on AVX2, 32 on AVX-512.
-#if PD_TARGET >= PD_TARGET_AVX512
-constexpr int kTileRows = 12, kTileVectors = 2;
-#elif PD_TARGET == PD_TARGET_AVX2
-constexpr int kTileRows = 6, kTileVectors = 2;
+// Steps of the depth: a panel of b fits the first-level cache.
+#if PD_TARGET >= PD_TARGET_AMX
+constexpr int64_t kDepthBlock = 288, kColumnsInWork = 192;
 #else
-constexpr int kTileRows = 4, kTileVectors = 4;
+constexpr int64_t kDepthBlock = 256, kColumnsInWork = 96;
 #endif
-constexpr int kTileColumns = kTileVectors * kLanes;
-constexpr int64_t kDepthBlock =
-    256;  // in steps: a panel of b and two of a fit the first-level cache
-constexpr int64_t kStripA = 192 / kTileRows;    // panels of a in the second-level cache
-constexpr int64_t kStripB = 96 / kTileColumns;  // panels of b beside them
-constexpr int64_t kPackedBytes = 16 << 20;      // of the shared operand: the third-level cache
-constexpr int64_t kSumsBytes = 2 << 20;         // of a strip of tiles
+constexpr int64_t kRowsInWork = 192;  // of a, in the second-level cache beside those columns of b
+constexpr int64_t kPackedBytes = 16 << 20;  // of the shared operand: the third-level cache
+constexpr int64_t kSumsBytes = 2 << 20;     // of a strip of tiles
 
-// A tile of kRows rows over one block of the depth, of `depth` steps. `sums` holds the blocks
-// before it (`add`) and takes the result, unless `to` is where the tile is finished.
-template <int kRows, bool kPairs>
-__attribute__((noinline)) void Accumulate(const float* a, const float* b, int64_t depth,
-                                          float* sums, bool add, const Corner* to) {
-  V sum[kRows][kTileVectors];
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) sum[i][j] = Set(0.0f);
-    if (add) __builtin_prefetch(sums + i * kTileColumns);
-  }
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k) {
-    if (k % 2 == 0) __builtin_prefetch(a + (k + depth) * kTileRows);  // of the next panel
-    V row[kTileVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) row[j] = Load(b + k * kTileColumns + j * kLanes);
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) {
-      const V left = Set(a[k * kTileRows + i]);
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileVectors; ++j)
-        sum[i][j] = AddProducts<kPairs>(left, row[j], sum[i][j]);
-    }
-  }
-  float tile[kRows * kTileColumns];
-  const bool whole = to && to->dtype == DType::kF32 && to->columns == kTileColumns;
-  float* target = !to ? sums : whole ? reinterpret_cast<float*>(to->data) : tile;
-  const int64_t stride = whole ? to->stride : kTileColumns;
-  const bool over = whole && to->accumulate;
-#pragma GCC unroll 12
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) {
-      V x = sum[i][j];
-      if (add) x = x + Load(sums + i * kTileColumns + j * kLanes);
-      if (over) x = x + Load(target + i * stride + j * kLanes);
-      Store(x, target + i * stride + j * kLanes);
-    }
-  }
-  if (target == tile) WriteTile(tile, kTileColumns, *to);
+// Panels in work.
+template <class Tile>
+constexpr int64_t kStripA = kRowsInWork / Tile::kRows;
+template <class Tile>
+constexpr int64_t kStripB = kColumnsInWork / Tile::kColumns;
+
+#if PD_TARGET >= PD_TARGET_AMX
+using PairTile = AmxTile;
+#else
+using PairTile = VectorTile<kHasPairs>;
+#endif
+
+// Calls `body` with the micro-kernel of a plan.
+template <class Body>
+PD_INLINE auto WithTile(const GemmPlan& p, const Body& body) {
+  return kHasPairs && p.pairs ? body(PairTile{}) : body(VectorTile<false>{});
 }
-
-using AccumulateTile = void (*)(const float*, const float*, int64_t, float*, bool, const Corner*);
-template <bool kPairs, class>
-struct AccumulateRows;
-template <bool kPairs, int... kLess>
-struct AccumulateRows<kPairs, std::integer_sequence<int, kLess...>> {
-  static constexpr AccumulateTile kTable[] = {&Accumulate<kLess + 1, kPairs>...};
-};
-template <bool kPairs>
-constexpr const AccumulateTile* kAccumulate =
-    AccumulateRows<kPairs, std::make_integer_sequence<int, kTileRows>>::kTable;
 
 // Panels [begin, end) of an operand, packed over a block of the depth, `data` at panel `begin`.
 struct Packed {
@@ -98,134 +57,149 @@ struct Packed {
   int64_t begin, end;
 };
 
-// All tiles of some panels of a with some of b over one block of the depth. `sums` holds the tile
-// of panels (i, j) at tile i * sums_stride + j * sums_step.
-inline void AccumulateTiles(const GemmArgs& g, bool pairs, const Packed& a, const Packed& b,
-                            int64_t depth, float* sums, int64_t a_stride, int64_t b_stride,
-                            bool add, bool last) {
-  const AccumulateTile* accumulate =
-      kHasPairs && pairs ? kAccumulate<kHasPairs> : kAccumulate<false>;
+// All tiles of some panels of a with some of b over one block of the depth, of `steps` steps.
+// `sums` holds the tile of panels (i, j) at tile i * a_stride + j * b_stride.
+template <class Tile>
+inline void AccumulateTiles(const GemmArgs& g, const Packed& a, const Packed& b, int64_t steps,
+                            float* sums, int64_t a_stride, int64_t b_stride, bool add, bool last) {
+  constexpr int64_t kSize = Tile::kRows * Tile::kColumns;
   for (int64_t j = b.begin; j < b.end; ++j) {
-    const float* right = b.data + (j - b.begin) * depth * kTileColumns;
+    const float* right = b.data + (j - b.begin) * steps * Tile::kColumns;
     for (int64_t i = a.begin; i < a.end; ++i) {
-      const int64_t row = i * kTileRows, column = j * kTileColumns;
-      const int64_t rows = Least(kTileRows, g.a.lines - row);
-      const Corner to = CornerAt(g, row, column, rows, Least(kTileColumns, g.b.lines - column));
+      const int64_t row = i * Tile::kRows, column = j * Tile::kColumns;
+      const int64_t rows = Least(Tile::kRows, g.a.lines - row);
+      const Corner to = CornerAt(g, row, column, rows, Least(Tile::kColumns, g.b.lines - column));
       const int64_t tile = (i - a.begin) * a_stride + (j - b.begin) * b_stride;
-      const int64_t share = Ceil(depth * kTileColumns, a.end - a.begin);  // of the next panel of b
-      const float* next = right + depth * kTileColumns + (i - a.begin) * share;
+      const int64_t share =
+          Ceil(steps * Tile::kColumns, a.end - a.begin);  // of the next panel of b
+      const float* next = right + steps * Tile::kColumns + (i - a.begin) * share;
       for (int64_t e = 0; e < share; e += 16) __builtin_prefetch(next + e, 0, 2);
-      accumulate[rows - 1](a.data + (i - a.begin) * depth * kTileRows, right, depth,
-                           sums + tile * kTileRows * kTileColumns, add, last ? &to : nullptr);
+      Tile::Accumulate(a.data + (i - a.begin) * steps * Tile::kRows, right, steps,
+                       sums + tile * kSize, add, sums + (tile + a_stride) * kSize, rows,
+                       last ? &to : nullptr);
     }
   }
 }
 
-inline GemmPlan PlanGemm(const GemmArgs& g) {
+template <class Tile>
+inline GemmPlan PlanTiles(const GemmArgs& g, GemmPlan p) {
   const int64_t m = g.a.lines, n = g.b.lines;
-  GemmPlan p{};
-  p.split_b = n >= m;
-  p.pairs = Pairs(g);
-  if (DotsServe(g, p.split_b)) return PlanDots(g, p);
-  const int64_t depth = Steps(g, p);
-  const int64_t a_panels = Ceil(m, kTileRows), b_panels = Ceil(n, kTileColumns);
+  constexpr int64_t kSize = Tile::kRows * Tile::kColumns;
+  p.steps = Ceil(g.a.depth, p.pairs ? 2 * Tile::kUnit : 1) * Tile::kUnit;
+  const int64_t a_panels = Ceil(m, Tile::kRows), b_panels = Ceil(n, Tile::kColumns);
   p.split_panels = p.split_b ? b_panels : a_panels;
   p.shared_panels = p.split_b ? a_panels : b_panels;
-  const int64_t width = p.split_b ? kTileRows : kTileColumns;
-  const int64_t split_width = p.split_b ? kTileColumns : kTileRows;
-  const int64_t blocks = depth > kDepthBlock ? Ceil(depth, kDepthBlock) : 1;
-  p.depth_block = Ceil(Ceil(depth, blocks), 16) * 16;
-  const int64_t strip = p.split_b ? kStripB : kStripA;
-  const int64_t by_packed = kPackedBytes / (width * depth * 4 + 1);
-  const int64_t by_sums = kSumsBytes / (strip * kTileRows * kTileColumns * 4);
-  const int64_t least = p.split_b ? kStripA : kStripB;
+  const int64_t width = p.split_b ? Tile::kRows : Tile::kColumns;
+  const int64_t split_width = p.split_b ? Tile::kColumns : Tile::kRows;
+  const int64_t blocks = p.steps > kDepthBlock ? Ceil(p.steps, kDepthBlock) : 1;
+  p.depth_block = Ceil(Ceil(p.steps, blocks), 16) * 16;
+  const int64_t strip = p.split_b ? kStripB<Tile> : kStripA<Tile>;
+  const int64_t by_packed = kPackedBytes / (width * p.steps * 4 + 1);
+  const int64_t by_sums = kSumsBytes / (strip * kSize * 4);
+  const int64_t least = p.split_b ? kStripA<Tile> : kStripB<Tile>;
   p.shared_block = Least(by_packed, by_sums);
   if (p.shared_block < least) p.shared_block = least;
   p.shared_block = Least(p.shared_block, p.shared_panels);
-  p.packed_bytes = p.shared_block * width * depth * 4;
+  p.packed_bytes = p.shared_block * width * p.steps * 4;
   p.scratch_bytes =
-      4 * strip *
-      (split_width * p.depth_block + (blocks > 1 ? p.shared_block * kTileRows * kTileColumns : 0));
+      4 * strip * (split_width * p.depth_block + (blocks > 1 ? p.shared_block * kSize : 0));
   const int64_t shared_lines = p.split_b ? m : n;
-  p.pack_grain = Ceil(kElementsWorthAThread, width * depth + 1);
-  p.split_grain = Ceil(kProductsWorthAThread, split_width * shared_lines * depth + 1);
+  p.pack_grain = Ceil(kElementsWorthAThread, width * p.steps + 1);
+  p.split_grain = Ceil(kProductsWorthAThread, split_width * shared_lines * p.steps + 1);
   return p;
+}
+
+inline GemmPlan PlanGemm(const GemmArgs& g) {
+  GemmPlan p{};
+  p.split_b = g.b.lines >= g.a.lines;
+  p.pairs = Pairs(g);
+  if (DotsServe(g, p.split_b)) return PlanDots(g, p);
+  return WithTile(p, [&]<class Tile>(Tile) { return PlanTiles<Tile>(g, p); });
 }
 
 // Packs shared panels [first + begin, first + end) into the memory of the block that begins at
 // `first` and has `count` of them: depth blocks one after the other, each with all panels.
+template <class Tile>
 inline void PackShared(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                        int64_t begin, int64_t end, float* packed) {
-  if (p.dots) return PackDots(g, p, begin, end, packed);
-  const int64_t depth = Steps(g, p);
-  for (int64_t k = 0; k < depth; k += p.depth_block) {
-    const int64_t steps = Least(p.depth_block, depth - k);
+  for (int64_t k = 0; k < p.steps; k += p.depth_block) {
+    const int64_t steps = Least(p.depth_block, p.steps - k);
     if (p.split_b) {
-      float* to = packed + kTileRows * (k * count + begin * steps);
-      PackPanels<kTileRows>(g.a, p.pairs, first + begin, end - begin, k, steps, to);
+      float* to = packed + Tile::kRows * (k * count + begin * steps);
+      Tile::PackA(g.a, first + begin, end - begin, k, steps, to);
     } else {
-      float* to = packed + kTileColumns * (k * count + begin * steps);
-      PackPanels<kTileColumns>(g.b, p.pairs, first + begin, end - begin, k, steps, to);
+      float* to = packed + Tile::kColumns * (k * count + begin * steps);
+      Tile::PackB(g.b, first + begin, end - begin, k, steps, to);
     }
   }
 }
 
 // The columns [begin, end) of panels of b with a block of shared panels of a.
+template <class Tile>
 inline void MultiplySplitB(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                            int64_t begin, int64_t end, const float* packed, float* scratch) {
-  const int64_t depth = Steps(g, p);
-  float* sums = scratch + kStripB * kTileColumns * p.depth_block;
-  for (int64_t j = begin; j < end; j += kStripB) {
-    const int64_t stop = Least(j + kStripB, end);
+  constexpr int64_t kStrip = kStripB<Tile>, kSize = Tile::kRows * Tile::kColumns;
+  float* sums = scratch + kStrip * Tile::kColumns * p.depth_block;
+  for (int64_t j = begin; j < end; j += kStrip) {
+    const int64_t stop = Least(j + kStrip, end);
     int64_t k = 0;
     do {
-      const int64_t steps = Least(p.depth_block, depth - k);
-      const bool add = k > 0, last = k + steps == depth;
-      for (int64_t i = 0; i < count; i += kStripA) {
-        const Packed a{packed + kTileRows * (k * count + i * steps), first + i,
-                       first + Least(i + kStripA, count)};
-        float* tiles = sums + i * kStripB * kTileRows * kTileColumns;
-        for (int64_t jj = j; jj < stop; ++jj) {  // a panel is packed where it is used first
-          float* panel = scratch + (jj - j) * kTileColumns * steps;
-          if (i == 0) PackPanels<kTileColumns>(g.b, p.pairs, jj, 1, k, steps, panel);
-          AccumulateTiles(g, p.pairs, a, {panel, jj, jj + 1}, steps,
-                          tiles + (jj - j) * kTileRows * kTileColumns, kStripB, 0, add, last);
+      const int64_t steps = Least(p.depth_block, p.steps - k);
+      const bool add = k > 0, last = k + steps == p.steps;
+      for (int64_t i = 0; i < count; i += kStripA<Tile>) {
+        const Packed a{packed + Tile::kRows * (k * count + i * steps), first + i,
+                       first + Least(i + kStripA<Tile>, count)};
+        float* tiles = sums + i * kStrip * kSize;
+        // A panel is packed where it is used first, but numbers that lie side by side together.
+        const bool side_by_side = g.b.depth_stride != 1;
+        if (i == 0 && side_by_side) Tile::PackB(g.b, j, stop - j, k, steps, scratch);
+        for (int64_t jj = j; jj < stop; ++jj) {
+          float* panel = scratch + (jj - j) * Tile::kColumns * steps;
+          if (i == 0 && !side_by_side) Tile::PackB(g.b, jj, 1, k, steps, panel);
+          AccumulateTiles<Tile>(g, a, {panel, jj, jj + 1}, steps, tiles + (jj - j) * kSize, kStrip,
+                                0, add, last);
         }
       }
       k += steps;
-    } while (k < depth);
+    } while (k < p.steps);
   }
 }
 
 // The rows of panels [begin, end) of a with a block of shared panels of b.
+template <class Tile>
 inline void MultiplySplitA(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                            int64_t begin, int64_t end, const float* packed, float* scratch) {
-  const int64_t depth = Steps(g, p);
-  float* sums = scratch + kStripA * kTileRows * p.depth_block;
-  for (int64_t i = begin; i < end; i += kStripA) {
-    const int64_t stop = Least(i + kStripA, end);
+  constexpr int64_t kStrip = kStripA<Tile>;
+  float* sums = scratch + kStrip * Tile::kRows * p.depth_block;
+  for (int64_t i = begin; i < end; i += kStrip) {
+    const int64_t stop = Least(i + kStrip, end);
     int64_t k = 0;
     do {
-      const int64_t steps = Least(p.depth_block, depth - k);
-      PackPanels<kTileRows>(g.a, p.pairs, i, stop - i, k, steps, scratch);
-      AccumulateTiles(g, p.pairs, {scratch, i, stop},
-                      {packed + kTileColumns * k * count, first, first + count}, steps, sums, 1,
-                      kStripA, k > 0, k + steps == depth);
+      const int64_t steps = Least(p.depth_block, p.steps - k);
+      Tile::PackA(g.a, i, stop - i, k, steps, scratch);
+      AccumulateTiles<Tile>(g, {scratch, i, stop},
+                            {packed + Tile::kColumns * k * count, first, first + count}, steps,
+                            sums, 1, kStrip, k > 0, k + steps == p.steps);
       k += steps;
-    } while (k < depth);
+    } while (k < p.steps);
   }
 }
 
+inline void PackSharedPanels(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
+                             int64_t begin, int64_t end, float* packed) {
+  if (p.dots) return PackDots(g, p, begin, end, packed);
+  WithTile(p, [&]<class Tile>(Tile) { PackShared<Tile>(g, p, first, count, begin, end, packed); });
+}
+
 // Split panels [begin, end) with the `count` shared panels from `first` on, which are in `packed`.
-inline void MultiplyStrips(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
-                           int64_t begin, int64_t end, const float* packed, float* scratch) {
-  if (p.dots) {
-    MultiplyDots(g, p, begin, end, packed, scratch);
-  } else if (p.split_b) {
-    MultiplySplitB(g, p, first, count, begin, end, packed, scratch);
-  } else {
-    MultiplySplitA(g, p, first, count, begin, end, packed, scratch);
-  }
+inline void MultiplySplitPanels(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
+                                int64_t begin, int64_t end, const float* packed, float* scratch) {
+  if (p.dots) return MultiplyDots(g, p, begin, end, packed, scratch);
+  WithTile(p, [&]<class Tile>(Tile) {
+    [[maybe_unused]] const typename Tile::Registers registers;
+    const auto multiply = p.split_b ? MultiplySplitB<Tile> : MultiplySplitA<Tile>;
+    multiply(g, p, first, count, begin, end, packed, scratch);
+  });
 }
 
 }  // namespace

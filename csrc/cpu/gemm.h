@@ -36,6 +36,7 @@ struct GemmPlan {
   bool dots;     // the shared operand has few lines: dot products on the split one where it lies
   bool pairs;    // operands are multiplied as bf16, two of the depth a step; else as fp32, one
   int64_t split_panels, shared_panels, shared_block;
+  int64_t steps;                    // of the depth, whole ones of the micro-kernel
   int64_t depth_block;              // in steps; for dots in numbers
   int64_t pack_grain, split_grain;  // panels that are worth a thread
   int64_t packed_bytes;             // for all threads

@@ -33,10 +33,6 @@ PD_INLINE bool Pairs(const GemmArgs& g) {
   return kHasPairs && any && fits(g.a.dtype) && fits(g.b.dtype);
 }
 
-PD_INLINE int64_t Steps(const GemmArgs& g, const GemmPlan& p) {
-  return p.pairs ? Ceil(g.a.depth, 2) : g.a.depth;
-}
-
 // c + a b for one step of the depth.
 template <bool kPairs>
 PD_INLINE V AddProducts(V a, V b, V c) {
@@ -165,8 +161,15 @@ inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, 
       }
     }
   }
+  // Lines far apart are as many streams as no prefetcher of the processor follows.
+  constexpr int64_t kAhead = 6 * kLanes;
   for (; k + kLanes <= steps; k += kLanes) {
-    for (int i = 0; i < kLanes; ++i) v[i] = Type::Along(line[i] + k * kStep);
+    const int64_t next = k + kAhead < steps ? (k + kAhead) * kStep
+                                            : kLanes * x.line_stride + (k + kAhead - steps) * kStep;
+    for (int i = 0; i < kLanes; ++i) {
+      __builtin_prefetch(line[i] + next);
+      v[i] = Type::Along(line[i] + k * kStep);
+    }
     Transpose(v);
     for (int i = 0; i < kLanes; ++i) Store(v[i], to + (k + i) * stride);
   }
@@ -176,7 +179,8 @@ inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, 
 }
 
 // Packs `panels` panels of kWidth lines, from number `panel` on, over steps [k0, k0 + steps) of the
-// depth: step k of line i of a panel goes to [k * kWidth + i] of its kWidth * steps numbers.
+// depth: step k of line i of a panel goes to [k * kWidth + i] of its kWidth * steps numbers. Steps
+// behind the depth are zeros.
 template <int kWidth, class Type>
 inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t steps,
                          float* to) {
@@ -185,9 +189,25 @@ inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t 
   const int64_t begin = panel * kWidth, end = Least(begin + panels * kWidth, x.lines);
   const int64_t whole = Least(steps, x.depth / kStep - k0);
   if constexpr (kWidth % kLanes == 0) {
+    const int64_t exist = Least(steps, Ceil(x.depth, kStep) - k0);
+    const auto lanes = [&](int64_t i) PD_INLINE_LAMBDA {
+      return to + (i - begin) / kWidth * kWidth * steps + (i - begin) % kWidth;
+    };
+    int64_t from = begin;  // lines of which some were packed side by side
+    if (x.depth_stride != 1) {
+      from += (end - begin) / kLanes * kLanes;
+      for (int64_t k = 0; k < whole; ++k) {
+        const auto* p = first + k * kStep * x.depth_stride;
+        for (int64_t i = begin; i < from; i += kLanes) {
+          Store(Type::Across(p + i, x.depth_stride), lanes(i) + k * kWidth);
+        }
+      }
+    }
     for (int64_t i = begin; i < end; i += kLanes) {
-      PackLanes<Type>(first + i * x.line_stride, x, end - i, whole, whole < steps,
-                      to + (i - begin) / kWidth * kWidth * steps + (i - begin) % kWidth, kWidth);
+      const int64_t done = i < from ? whole : 0;
+      PackLanes<Type>(first + i * x.line_stride + done * kStep * x.depth_stride, x, end - i,
+                      whole - done, whole < exist, lanes(i) + done * kWidth, kWidth);
+      for (int64_t k = exist; k < steps; ++k) Store(Set(0.0f), lanes(i) + k * kWidth);
     }
   } else {  // through a block whose width is a multiple of both
     constexpr int64_t kWide = 4 * kWidth * kLanes / 4, kSteps = 32;

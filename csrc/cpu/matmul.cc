@@ -1,3 +1,4 @@
+#define PD_USES_TILES
 #define PD_TARGET_INCLUDE "cpu/matmul-inl.h"
 #include "cpu/foreach_target.h"
 
