@@ -35,47 +35,62 @@ constexpr int64_t kSumsBytes = 2 << 20;     // of a strip of tiles
 
 // Panels in work.
 template <class Tile>
-constexpr int64_t kStripA = kRowsInWork / Tile::kRows;
+constexpr int64_t kStripA = Tile::kKeepsA ? 1 : kRowsInWork / Tile::kRows;
 template <class Tile>
 constexpr int64_t kStripB = kColumnsInWork / Tile::kColumns;
 
-#if PD_TARGET >= PD_TARGET_AMX
-using PairTile = AmxTile;
-#else
-using PairTile = VectorTile<kHasPairs>;
-#endif
-
-// Calls `body` with the micro-kernel of a plan.
+// Calls `body` with the micro-kernel of a plan and the operands in its order.
 template <class Body>
-PD_INLINE auto WithTile(const GemmPlan& p, const Body& body) {
-  return kHasPairs && p.pairs ? body(PairTile{}) : body(VectorTile<false>{});
+PD_INLINE auto WithTile(const GemmArgs& g, const GemmPlan& p, const Body& body) {
+#if PD_TARGET >= PD_TARGET_AMX
+  if (p.exchanged) {
+    GemmArgs exchanged = g;
+    std::swap(exchanged.a, exchanged.b);
+    return body(AmxTile<true>{}, exchanged);
+  }
+  return p.pairs ? body(AmxTile<false>{}, g) : body(VectorTile<false>{}, g);
+#else
+  return kHasPairs && p.pairs ? body(VectorTile<kHasPairs>{}, g) : body(VectorTile<false>{}, g);
+#endif
 }
 
-// Panels [begin, end) of an operand, packed over a block of the depth, `data` at panel `begin`.
-struct Packed {
+// Panels [begin, end) of an operand over a block of the depth: packed ones, `data` at panel
+// `begin`, or, for a micro-kernel that loads lines where they lie, those of `lines` from step `k`
+// on.
+struct Panels {
   const float* data;
   int64_t begin, end;
+  const Lines* lines = nullptr;
+  int64_t k = 0;
 };
 
 // All tiles of some panels of a with some of b over one block of the depth, of `steps` steps.
 // `sums` holds the tile of panels (i, j) at tile i * a_stride + j * b_stride.
 template <class Tile>
-inline void AccumulateTiles(const GemmArgs& g, const Packed& a, const Packed& b, int64_t steps,
-                            float* sums, int64_t a_stride, int64_t b_stride, bool add, bool last) {
+inline void AccumulateTiles(const GemmArgs& g, const Panels& a, const Panels& b, int64_t steps,
+                            float* sums, int64_t a_stride, int64_t b_stride, bool add, bool last,
+                            const Ahead& ahead) {
   constexpr int64_t kSize = Tile::kRows * Tile::kColumns;
+  const int64_t tiles = (a.end - a.begin) * (b.end - b.begin);
+  int64_t done = 0;
   for (int64_t j = b.begin; j < b.end; ++j) {
     const float* right = b.data + (j - b.begin) * steps * Tile::kColumns;
     for (int64_t i = a.begin; i < a.end; ++i) {
       const int64_t row = i * Tile::kRows, column = j * Tile::kColumns;
       const int64_t rows = Least(Tile::kRows, g.a.lines - row);
-      const Corner to = CornerAt(g, row, column, rows, Least(Tile::kColumns, g.b.lines - column));
+      const int64_t columns = Least(Tile::kColumns, g.b.lines - column);
+      const Corner to = Tile::kTransposes ? CornerAt(g, column, row, columns, rows)
+                                          : CornerAt(g, row, column, rows, columns);
       const int64_t tile = (i - a.begin) * a_stride + (j - b.begin) * b_stride;
-      const int64_t share =
-          Ceil(steps * Tile::kColumns, a.end - a.begin);  // of the next panel of b
-      const float* next = right + steps * Tile::kColumns + (i - a.begin) * share;
-      for (int64_t e = 0; e < share; e += 16) __builtin_prefetch(next + e, 0, 2);
-      Tile::Accumulate(a.data + (i - a.begin) * steps * Tile::kRows, right, steps,
-                       sums + tile * kSize, add, sums + (tile + a_stride) * kSize, rows,
+      if (Tile::kFetchesB) {
+        const int64_t share = Ceil(steps * Tile::kColumns, a.end - a.begin);  // of the next panel
+        const float* next = right + steps * Tile::kColumns + (i - a.begin) * share;
+        for (int64_t e = 0; e < share; e += 16) __builtin_prefetch(next + e, 0, 2);
+      }
+      const auto left = a.lines ? Tile::LeftInPlace(*a.lines, row, a.k)
+                                : Tile::Left(a.data + (i - a.begin) * steps * Tile::kRows);
+      Tile::Accumulate(left, right, steps, sums + tile * kSize, add,
+                       sums + (tile + a_stride) * kSize, Share(ahead, done++, tiles), rows,
                        last ? &to : nullptr);
     }
   }
@@ -114,7 +129,13 @@ inline GemmPlan PlanGemm(const GemmArgs& g) {
   p.split_b = g.b.lines >= g.a.lines;
   p.pairs = Pairs(g);
   if (DotsServe(g, p.split_b)) return PlanDots(g, p);
-  return WithTile(p, [&]<class Tile>(Tile) { return PlanTiles<Tile>(g, p); });
+#if PD_TARGET >= PD_TARGET_AMX
+  // A panel of b whose lines lie along memory is transposed, for as many tiles as a has panels; as
+  // panels of a they are copied, and every tile of the result is transposed, after all its depth.
+  p.exchanged = p.pairs && g.b.depth_stride == 1 && 2 * g.a.lines < g.a.depth;
+  p.split_b = p.split_b && !p.exchanged;
+#endif
+  return WithTile(g, p, [&]<class Tile>(Tile, const GemmArgs& h) { return PlanTiles<Tile>(h, p); });
 }
 
 // Packs shared panels [first + begin, first + end) into the memory of the block that begins at
@@ -134,34 +155,58 @@ inline void PackShared(const GemmArgs& g, const GemmPlan& p, int64_t first, int6
   }
 }
 
+// What a thread packs: `panels` of its own operand at a time, over a block of the depth.
+struct Strip {
+  int64_t begin, end, k, steps;
+};
+
+// The strip behind `at`, for a thread with panels to `end`; an empty one behind the last.
+inline Strip NextStrip(const GemmPlan& p, const Strip& at, int64_t panels, int64_t end) {
+  Strip next = at;
+  next.k += at.steps;
+  if (next.k >= p.steps) next = {at.end, Least(at.end + panels, end), 0, 0};
+  next.steps = Least(p.depth_block, p.steps - next.k);
+  return next;
+}
+
+inline Ahead AheadOfPanels(const GemmPlan& p, const Lines& x, int64_t width, const Strip& s) {
+  const int64_t numbers = p.pairs ? 2 : 1;
+  if (s.begin >= s.end) return {};
+  return AheadOf(x, s.begin * width, s.end * width, s.k * numbers, (s.k + s.steps) * numbers);
+}
+
 // The columns [begin, end) of panels of b with a block of shared panels of a.
 template <class Tile>
 inline void MultiplySplitB(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                            int64_t begin, int64_t end, const float* packed, float* scratch) {
   constexpr int64_t kStrip = kStripB<Tile>, kSize = Tile::kRows * Tile::kColumns;
+  // A panel is packed where it is used first, but numbers that lie side by side together.
+  const int64_t together = g.b.depth_stride == 1 ? 1 : kStrip;
   float* sums = scratch + kStrip * Tile::kColumns * p.depth_block;
-  for (int64_t j = begin; j < end; j += kStrip) {
-    const int64_t stop = Least(j + kStrip, end);
-    int64_t k = 0;
-    do {
-      const int64_t steps = Least(p.depth_block, p.steps - k);
-      const bool add = k > 0, last = k + steps == p.steps;
-      for (int64_t i = 0; i < count; i += kStripA<Tile>) {
-        const Packed a{packed + Tile::kRows * (k * count + i * steps), first + i,
-                       first + Least(i + kStripA<Tile>, count)};
-        float* tiles = sums + i * kStrip * kSize;
-        // A panel is packed where it is used first, but numbers that lie side by side together.
-        const bool side_by_side = g.b.depth_stride != 1;
-        if (i == 0 && side_by_side) Tile::PackB(g.b, j, stop - j, k, steps, scratch);
-        for (int64_t jj = j; jj < stop; ++jj) {
-          float* panel = scratch + (jj - j) * Tile::kColumns * steps;
-          if (i == 0 && !side_by_side) Tile::PackB(g.b, jj, 1, k, steps, panel);
-          AccumulateTiles<Tile>(g, a, {panel, jj, jj + 1}, steps, tiles + (jj - j) * kSize, kStrip,
-                                0, add, last);
+  Strip s{begin, Least(begin + kStrip, end), 0, Least(p.depth_block, p.steps)};
+  while (s.begin < s.end) {
+    const Strip next = NextStrip(p, s, kStrip, end);
+    for (int64_t i = 0; i < count; i += kStripA<Tile>) {
+      const Panels a{packed + Tile::kRows * (s.k * count + i * s.steps), first + i,
+                     first + Least(i + kStripA<Tile>, count)};
+      for (int64_t j = s.begin; j < s.end; j += together) {
+        const int64_t stop = Least(j + together, s.end);
+        float* panels = scratch + (j - s.begin) * Tile::kColumns * s.steps;
+        Ahead ahead{};
+        if (i == 0) {
+          Tile::PackB(g.b, j, stop - j, s.k, s.steps, panels);
+          const Strip following =
+              stop < s.end
+                  ? Strip{stop, Least(stop + together, s.end), s.k, s.steps}
+                  : Strip{next.begin, Least(next.begin + together, next.end), next.k, next.steps};
+          ahead = AheadOfPanels(p, g.b, Tile::kColumns, following);
         }
+        AccumulateTiles<Tile>(g, a, {panels, j, stop}, s.steps,
+                              sums + (i * kStrip + j - s.begin) * kSize, kStrip, 1, s.k > 0,
+                              s.k + s.steps == p.steps, ahead);
       }
-      k += steps;
-    } while (k < p.steps);
+    }
+    s = next;
   }
 }
 
@@ -171,34 +216,35 @@ inline void MultiplySplitA(const GemmArgs& g, const GemmPlan& p, int64_t first, 
                            int64_t begin, int64_t end, const float* packed, float* scratch) {
   constexpr int64_t kStrip = kStripA<Tile>;
   float* sums = scratch + kStrip * Tile::kRows * p.depth_block;
-  for (int64_t i = begin; i < end; i += kStrip) {
-    const int64_t stop = Least(i + kStrip, end);
-    int64_t k = 0;
-    do {
-      const int64_t steps = Least(p.depth_block, p.steps - k);
-      Tile::PackA(g.a, i, stop - i, k, steps, scratch);
-      AccumulateTiles<Tile>(g, {scratch, i, stop},
-                            {packed + Tile::kColumns * k * count, first, first + count}, steps,
-                            sums, 1, kStrip, k > 0, k + steps == p.steps);
-      k += steps;
-    } while (k < p.steps);
+  Strip s{begin, Least(begin + kStrip, end), 0, Least(p.depth_block, p.steps)};
+  while (s.begin < s.end) {
+    const Strip next = NextStrip(p, s, kStrip, end);
+    const bool in_place = Tile::InPlace(g.a, s.end * Tile::kRows, s.k, s.steps);
+    if (!in_place) Tile::PackA(g.a, s.begin, s.end - s.begin, s.k, s.steps, scratch);
+    AccumulateTiles<Tile>(g, {scratch, s.begin, s.end, in_place ? &g.a : nullptr, s.k},
+                          {packed + Tile::kColumns * s.k * count, first, first + count}, s.steps,
+                          sums, 1, kStrip, s.k > 0, s.k + s.steps == p.steps,
+                          AheadOfPanels(p, g.a, Tile::kRows, next));
+    s = next;
   }
 }
 
 inline void PackSharedPanels(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                              int64_t begin, int64_t end, float* packed) {
   if (p.dots) return PackDots(g, p, begin, end, packed);
-  WithTile(p, [&]<class Tile>(Tile) { PackShared<Tile>(g, p, first, count, begin, end, packed); });
+  WithTile(g, p, [&]<class Tile>(Tile, const GemmArgs& h) {
+    PackShared<Tile>(h, p, first, count, begin, end, packed);
+  });
 }
 
 // Split panels [begin, end) with the `count` shared panels from `first` on, which are in `packed`.
 inline void MultiplySplitPanels(const GemmArgs& g, const GemmPlan& p, int64_t first, int64_t count,
                                 int64_t begin, int64_t end, const float* packed, float* scratch) {
   if (p.dots) return MultiplyDots(g, p, begin, end, packed, scratch);
-  WithTile(p, [&]<class Tile>(Tile) {
+  WithTile(g, p, [&]<class Tile>(Tile, const GemmArgs& h) {
     [[maybe_unused]] const typename Tile::Registers registers;
     const auto multiply = p.split_b ? MultiplySplitB<Tile> : MultiplySplitA<Tile>;
-    multiply(g, p, first, count, begin, end, packed, scratch);
+    multiply(h, p, first, count, begin, end, packed, scratch);
   });
 }
 

@@ -32,9 +32,10 @@ struct GemmArgs {
 // Threads share out the panels of the longer operand, the `split` one; the other's, the `shared`
 // one's, are packed once for all of them, at most `shared_block` at a time.
 struct GemmPlan {
-  bool split_b;  // else a is split
-  bool dots;     // the shared operand has few lines: dot products on the split one where it lies
-  bool pairs;    // operands are multiplied as bf16, two of the depth a step; else as fp32, one
+  bool split_b;    // else a is split
+  bool dots;       // the shared operand has few lines: dot products on the split one where it lies
+  bool exchanged;  // the operands, so that the transpose of the result is computed
+  bool pairs;      // operands are multiplied as bf16, two of the depth a step; else as fp32, one
   int64_t split_panels, shared_panels, shared_block;
   int64_t steps;                    // of the depth, whole ones of the micro-kernel
   int64_t depth_block;              // in steps; for dots in numbers

@@ -17,6 +17,12 @@
 namespace pd::PD_NAMESPACE {
 namespace {
 
+// Where to prefetch from number 2 k of a line: farther along it, or of kLanes lines on.
+PD_INLINE int64_t PairsAhead(int64_t k, int64_t steps, int64_t line_stride) {
+  constexpr int64_t kAhead = 8 * kLanes;
+  return k + kAhead < steps ? 2 * kAhead : kLanes * line_stride + 2 * (kAhead - steps);
+}
+
 // Packs panels of kWidth lines as PackPanels does, but [block of kLanes steps][line][step].
 template <int kWidth, class Type>
 inline void PackLinesOf(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t steps,
@@ -31,7 +37,9 @@ inline void PackLinesOf(const Lines& x, int64_t panel, int64_t panels, int64_t k
     float* block = to + (i - begin - in_panel) * steps + k * kWidth + in_panel * kLanes;
     const auto* p = first + i * x.line_stride + 2 * k * x.depth_stride;
     if (k + kLanes <= whole && x.depth_stride == 1) {
+      const int64_t next = PairsAhead(k, whole, x.line_stride);
       for (int64_t l = 0; l < lines; ++l) {
+        __builtin_prefetch(p + l * x.line_stride + next);
         Store(Type::Along(p + l * x.line_stride), block + l * kLanes);
       }
     } else if (k + kLanes <= whole && lines == kLanes) {
@@ -62,7 +70,10 @@ inline void PackLinesOf(const Lines& x, int64_t panel, int64_t panels, int64_t k
   }
 }
 
+// With kExchanged the tile is that of the transpose of the result.
+template <bool kExchanged>
 struct AmxTile {
+  static constexpr bool kTransposes = kExchanged, kKeepsA = kExchanged, kFetchesB = false;
   static constexpr int kRows = 32, kColumns = 32;
   static constexpr int64_t kUnit = kLanes;  // of steps
 
@@ -87,6 +98,28 @@ struct AmxTile {
     Registers& operator=(const Registers&) = delete;
   };
 
+  // A panel of a: where its first line is, and bytes from a line, and from a block of 16 steps, to
+  // the next.
+  struct LeftPanel {
+    const char* data;
+    int64_t line, block;
+  };
+  static LeftPanel Left(const float* packed) {
+    return {reinterpret_cast<const char*>(packed), kLanes * 4, kRows * kLanes * 4};
+  }
+  // Whether lines before `line` are whole panels over `steps` steps from `k` on as they lie, which
+  // all fit the first-level cache: parts of lines that are powers of two apart would share few of
+  // its places.
+  static bool InPlace(const Lines& x, int64_t line, int64_t k, int64_t steps) {
+    const bool whole = line <= x.lines && 2 * (k + steps) <= x.depth;
+    const bool fit = 2 * steps == x.line_stride || x.line_stride % 1024 != 0;
+    return kKeepsA && x.dtype == DType::kBf16 && x.depth_stride == 1 && whole && fit;
+  }
+  static LeftPanel LeftInPlace(const Lines& x, int64_t line, int64_t step) {
+    return {static_cast<const char*>(x.data) + 2 * (line * x.line_stride + 2 * step),
+            2 * x.line_stride, kLanes * 4};
+  }
+
   static void PackA(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t steps,
                     float* to) {
     if (x.dtype == DType::kF32)
@@ -98,9 +131,9 @@ struct AmxTile {
     PackPanels<kColumns>(x, true, panel, panels, k0, steps, to);
   }
 
-  static __attribute__((noinline)) void Accumulate(const float* a, const float* b, int64_t steps,
+  static __attribute__((noinline)) void Accumulate(LeftPanel a, const float* b, int64_t steps,
                                                    float* sums, bool add, const float* next,
-                                                   int64_t, const Corner* to) {
+                                                   const Ahead& source, int64_t, const Corner* to) {
     constexpr int kHalf = 16 * kColumns;  // from the upper tiles of the result to the lower ones
     Memory();
     if (add) {
@@ -120,24 +153,31 @@ struct AmxTile {
         to ? to->stride * (to->dtype == DType::kF32 ? 4 : 2) : kColumns * 4;
     int64_t left = to ? to->rows : kRows;
     const int64_t share = Ceil(kRows * kLanes, steps + 1);
-    for (int64_t k = 0; k < steps; k += kLanes, a += kRows * kLanes, b += kColumns * kLanes) {
+    const int64_t piece =
+        Ceil(source.bytes, Ceil(steps, kLanes) * 64) * 64;  // of a line of `source`
+    int64_t offset = 0;
+    for (int64_t k = 0; k < steps; k += kLanes, a.data += a.block, b += kColumns * kLanes) {
+      for (const int64_t stop = Least(offset + piece, source.bytes); offset < stop; offset += 64) {
+        for (int64_t l = 0; l < source.lines; ++l) {
+          __builtin_prefetch(source.data + l * source.stride + offset, 0, 2);
+        }
+      }
       for (int64_t q = 0; q < share && left > 0; ++q, --left, ahead += stride_ahead) {
         __builtin_prefetch(ahead, 1);
         __builtin_prefetch(ahead + 64, 1);
       }
-      _tile_stream_loadd(4, a, kLanes * 4);
-      _tile_loadd(6, b, kColumns * 4);
+      Load<4, !kKeepsA>(a.data, a.line);
+      Load<6, kKeepsA>(b, kColumns * 4);
       _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + 16, kColumns * 4);
+      Load<7, kKeepsA>(b + 16, kColumns * 4);
       _tile_dpbf16ps(1, 4, 7);
-      _tile_stream_loadd(5, a + 16 * kLanes, kLanes * 4);
+      Load<5, !kKeepsA>(a.data + 16 * a.line, a.line);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    const bool whole =
-        to && to->dtype == DType::kF32 && to->columns == kColumns && to->rows == kRows;
+    const bool direct = to && to->dtype == DType::kF32 && !to->accumulate && !kExchanged &&
+                        to->columns == kColumns && to->rows == kRows;
     alignas(64) float tile[kRows * kColumns];
-    const bool direct = whole && !to->accumulate;
     float* target = !to ? sums : direct ? reinterpret_cast<float*>(to->data) : tile;
     const int64_t stride = direct ? to->stride : kColumns;
     _tile_stored(0, target, stride * 4);
@@ -145,12 +185,45 @@ struct AmxTile {
     _tile_stored(2, target + 16 * stride, stride * 4);
     _tile_stored(3, target + 16 * stride + 16, stride * 4);
     Memory();
-    if (target == tile) WriteTile(tile, kColumns, *to);
+    if (target != tile) return;
+    if (kExchanged) {
+      WriteTransposed(tile, *to);
+    } else {
+      WriteTile(tile, kColumns, *to);
+    }
   }
 
  private:
   // What compilers do not know of the tile instructions: that they read memory.
   static PD_INLINE void Memory() { __asm__ volatile("" ::: "memory"); }
+
+  // A panel that is not kept must not drive the kept one out of the first-level cache.
+  template <int kRegister, bool kOnce>
+  static PD_INLINE void Load(const void* data, int64_t stride) {
+    if constexpr (kOnce) {
+      _tile_stream_loadd(kRegister, data, stride);
+    } else {
+      _tile_loadd(kRegister, data, stride);
+    }
+  }
+
+  static void WriteTransposed(const float* tile, const Corner& to) {
+    alignas(64) float turned[kColumns * kRows];
+    const bool direct = to.dtype == DType::kF32 && !to.accumulate && to.columns == kRows;
+    float* target = direct ? reinterpret_cast<float*>(to.data) : turned;
+    const int64_t stride = direct ? to.stride : kRows;
+    for (int64_t j = 0; j < Least(kColumns, to.rows); j += kLanes) {
+      for (int64_t i = 0; i < kRows; i += kLanes) {
+        const float* line[kLanes];
+        for (int l = 0; l < kLanes; ++l) line[l] = tile + (i + l) * kColumns + j;
+        V v[kLanes];
+        LoadTransposed(line, v);
+        const int64_t rows = Least(kLanes, to.rows - j);
+        for (int64_t l = 0; l < rows; ++l) Store(v[l], target + (j + l) * stride + i);
+      }
+    }
+    if (!direct) WriteTile(turned, kRows, to);
+  }
 };
 
 }  // namespace

@@ -49,7 +49,8 @@ PD_INLINE V AddProducts(V a, V b, V c) {
 // and, for products that widen in place, half of 2 kLanes numbers, for bf16 every other one.
 struct F32 {
   using T = float;
-  static constexpr int kStep = 1;  // numbers a step
+  static constexpr int kStep = 1;      // numbers a step
+  static constexpr bool kAsIs = true;  // a step is packed as it lies
   static PD_INLINE V Along(const T* p) { return Load(p); }
   static PD_INLINE V Across(const T* p, int64_t) { return Load(p); }
   static PD_INLINE float One(const T* p, int64_t, bool) { return *p; }
@@ -61,6 +62,7 @@ struct F32 {
 struct Bf16 {
   using T = uint16_t;
   static constexpr int kStep = 1;
+  static constexpr bool kAsIs = false;
   static PD_INLINE V Along(const T* p) { return LoadBf16(p); }
   static PD_INLINE V Across(const T* p, int64_t) { return LoadBf16(p); }
   static PD_INLINE float One(const T* p, int64_t, bool) {  // without a detour through memory
@@ -77,6 +79,7 @@ struct Bf16 {
 struct F16 {
   using T = uint16_t;
   static constexpr int kStep = 1;
+  static constexpr bool kAsIs = false;
   static PD_INLINE V Along(const T* p) { return LoadF16(p); }
   static PD_INLINE V Across(const T* p, int64_t) { return LoadF16(p); }
   static PD_INLINE float One(const T* p, int64_t, bool) {
@@ -94,6 +97,7 @@ struct F16 {
 struct Bf16Pairs {
   using T = uint16_t;
   static constexpr int kStep = 2;
+  static constexpr bool kAsIs = true;
   static PD_INLINE V Along(const T* p) { return LoadPairs(p); }
   template <int kHalf>  // of kLanes numbers a vector there is but one
   static PD_INLINE V Half(const T* p) {
@@ -110,6 +114,7 @@ struct Bf16Pairs {
 struct F32Pairs {
   using T = float;
   static constexpr int kStep = 2;
+  static constexpr bool kAsIs = false;
   static PD_INLINE V Along(const T* p) { return RoundPairs(Load(p), Load(p + kLanes)); }
   static PD_INLINE V Across(const T* p, int64_t next) {
     return JoinRounded(Load(p), Load(p + next));
@@ -166,11 +171,16 @@ inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, 
   for (; k + kLanes <= steps; k += kLanes) {
     const int64_t next = k + kAhead < steps ? (k + kAhead) * kStep
                                             : kLanes * x.line_stride + (k + kAhead - steps) * kStep;
-    for (int i = 0; i < kLanes; ++i) {
-      __builtin_prefetch(line[i] + next);
-      v[i] = Type::Along(line[i] + k * kStep);
+    for (int i = 0; i < kLanes; ++i) __builtin_prefetch(line[i] + next);
+    if constexpr (Type::kAsIs) {
+      const float* from[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        from[i] = reinterpret_cast<const float*>(line[i] + k * kStep);
+      LoadTransposed(from, v);
+    } else {
+      for (int i = 0; i < kLanes; ++i) v[i] = Type::Along(line[i] + k * kStep);
+      Transpose(v);
     }
-    Transpose(v);
     for (int i = 0; i < kLanes; ++i) Store(v[i], to + (k + i) * stride);
   }
   for (; k < steps; ++k) {
@@ -193,12 +203,16 @@ inline void PackPanelsOf(const Lines& x, int64_t panel, int64_t panels, int64_t 
     const auto lanes = [&](int64_t i) PD_INLINE_LAMBDA {
       return to + (i - begin) / kWidth * kWidth * steps + (i - begin) % kWidth;
     };
+    constexpr int64_t kStepsAhead = 8;
     int64_t from = begin;  // lines of which some were packed side by side
     if (x.depth_stride != 1) {
       from += (end - begin) / kLanes * kLanes;
       for (int64_t k = 0; k < whole; ++k) {
         const auto* p = first + k * kStep * x.depth_stride;
         for (int64_t i = begin; i < from; i += kLanes) {
+          for (int64_t number = 0; number < kStep; ++number) {
+            __builtin_prefetch(p + i + (kStepsAhead * kStep + number) * x.depth_stride);
+          }
           Store(Type::Across(p + i, x.depth_stride), lanes(i) + k * kWidth);
         }
       }
@@ -255,7 +269,29 @@ inline void PackPanels(const Lines& x, bool pairs, int64_t panel, int64_t panels
   }
 }
 
-// Where a finished tile goes; `rows` and `columns` of it exist.
+// Memory that will be packed soon: `lines` pieces of `bytes` each, `stride` bytes apart.
+struct Ahead {
+  const char* data;
+  int64_t stride, lines, bytes;
+};
+
+// That of lines [begin, end) of an operand over numbers [k0, k1) of the depth.
+inline Ahead AheadOf(const Lines& x, int64_t begin, int64_t end, int64_t k0, int64_t k1) {
+  const int64_t size = x.dtype == DType::kF32 ? 4 : 2;
+  const int64_t lines = Least(end, x.lines) - begin, depth = Least(k1, x.depth) - k0;
+  const char* data =
+      static_cast<const char*>(x.data) + (begin * x.line_stride + k0 * x.depth_stride) * size;
+  if (x.depth_stride == 1) return {data, x.line_stride * size, lines, depth * size};
+  return {data, x.depth_stride * size, depth, lines * size};
+}
+
+// Share number `i` of `n`.
+inline Ahead Share(const Ahead& x, int64_t i, int64_t n) {
+  const int64_t each = Ceil(x.lines, n), first = Least(i * each, x.lines);
+  return {x.data + first * x.stride, x.stride, Least(each, x.lines - first), x.bytes};
+}
+
+// Where a finished tile goes; `rows` and `columns` of it exist, there.
 struct Corner {
   char* data;
   DType dtype;
@@ -263,7 +299,7 @@ struct Corner {
   bool accumulate;
 };
 
-// The place of element (row, column) of the result.
+// The place of element (row, column) of the result as it is stored.
 PD_INLINE Corner CornerAt(const GemmArgs& g, int64_t row, int64_t column, int64_t rows,
                           int64_t columns) {
   const int64_t size = g.out_dtype == DType::kF32 ? 4 : 2;

@@ -22,9 +22,16 @@ struct VectorTile {
 #else
   static constexpr int kRows = 4, kVectors = 4;
 #endif
+  static constexpr bool kTransposes = false;  // what it writes
+  static constexpr bool kKeepsA = false;      // a panel of a in the first-level cache, not of b
+  static constexpr bool kFetchesB = true;     // needs the next panel of b prefetched
   static constexpr int kColumns = kVectors * kLanes;
   static constexpr int64_t kUnit = 1;  // of steps
   struct Registers {};
+
+  static bool InPlace(const Lines&, int64_t, int64_t, int64_t) { return false; }
+  static const float* LeftInPlace(const Lines&, int64_t, int64_t) { return nullptr; }
+  static const float* Left(const float* packed) { return packed; }
 
   static void PackA(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t steps,
                     float* to) {
@@ -38,7 +45,7 @@ struct VectorTile {
   // Over one block of the depth, of `depth` steps. `sums` holds the blocks before it (`add`) and
   // takes the result, unless `to` is where the tile is finished.
   static void Accumulate(const float* a, const float* b, int64_t depth, float* sums, bool add,
-                         const float*, int64_t rows, const Corner* to) {
+                         const float*, const Ahead&, int64_t rows, const Corner* to) {
     kByRows<std::make_integer_sequence<int, kRows>>[rows - 1](a, b, depth, sums, add, to);
   }
 

@@ -151,6 +151,28 @@ PD_INLINE void Transpose(V (&x)[kLanes]) {
     for (int i = 0; i < kLanes; ++i) x[i] = y[i];
   }
 }
+// Transpose of the vectors at line[0 .. kLanes). Quarters of four lines come together as they are
+// loaded, which leaves half the shuffles.
+PD_INLINE void LoadTransposed(const float* const (&line)[kLanes], V (&x)[kLanes]) {
+  for (int quarter = 0; quarter < kLanes; quarter += 4) {
+    const auto part = [&](int i) PD_INLINE_LAMBDA { return _mm_loadu_ps(line[i] + quarter); };
+    __m512 four[4], zipped[4];
+    for (int i = 0; i < 4; ++i) {
+      four[i] = _mm512_broadcast_f32x4(part(i));
+      four[i] = _mm512_mask_broadcast_f32x4(four[i], 0x00f0, part(i + 4));
+      four[i] = _mm512_mask_broadcast_f32x4(four[i], 0x0f00, part(i + 8));
+      four[i] = _mm512_mask_broadcast_f32x4(four[i], 0xf000, part(i + 12));
+    }
+    for (int i = 0; i < 4; i += 2) {
+      zipped[i] = _mm512_unpacklo_ps(four[i], four[i + 1]);
+      zipped[i + 1] = _mm512_unpackhi_ps(four[i], four[i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      x[quarter + 2 * i].v = _mm512_shuffle_ps(zipped[i], zipped[i + 2], 0x44);
+      x[quarter + 2 * i + 1].v = _mm512_shuffle_ps(zipped[i], zipped[i + 2], 0xee);
+    }
+  }
+}
 
 #elif PD_TARGET == PD_TARGET_AVX2
 
@@ -291,6 +313,10 @@ PD_INLINE void Transpose(V (&x)[kLanes]) {
     x[i + 4].v = _mm256_permute2f128_ps(quads[i], quads[i + 4], 0x31);
   }
 }
+PD_INLINE void LoadTransposed(const float* const (&line)[kLanes], V (&x)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) x[i] = Load(line[i]);
+  Transpose(x);
+}
 
 #else
 
@@ -391,6 +417,9 @@ PD_INLINE V LoadPairs(const uint16_t* p) { return {FromBits(uint32_t(p[1]) << 16
 PD_INLINE V FirstBf16(V pairs) { return {FromBits(ToBits(pairs.v) << 16)}; }
 PD_INLINE V SecondBf16(V pairs) { return {FromBits(ToBits(pairs.v) & 0xffff0000u)}; }
 PD_INLINE void Transpose(V (&)[kLanes]) {}
+PD_INLINE void LoadTransposed(const float* const (&line)[kLanes], V (&x)[kLanes]) {
+  x[0] = Load(line[0]);
+}
 
 #endif
 
