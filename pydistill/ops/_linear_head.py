@@ -28,8 +28,8 @@ from pydistill.reference.linear_head import Head
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A block of rows in forward: at most so many rows (enough to spread the packing of the weight
-# over), in units of the CPU kernels' tiles, and at most so many bytes of fp32 logits a side.
-BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 12, 128 << 20
+# over), in units of the CPU kernels' tiles (12 rows, or 32), and at most so many bytes of fp32 logits a side.
+BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 96, 128 << 20
 # A tile of backward. Its rows have whole units of columns: others begin between the 16-byte words
 # that a GPU's threads load.
 TILE_ROWS, TILE_COLUMNS, TILE_UNIT = 1024, 2048, 16
@@ -147,6 +147,12 @@ def column_tiles(vocab: int) -> Iterator[slice]:
     return spans(vocab, TILE_COLUMNS, TILE_UNIT)
 
 
+def row_stride(width: int) -> int:
+    """Numbers from a row of fp32 logits to the next: whole cache lines, and an odd number of them,
+    for a tile of rows a power of two apart would meet in a few places of the CPU's caches."""
+    return (-(-width // 16) | 1) * 16
+
+
 def block_rows(vocab: int) -> int:
     return max(1, min(BLOCK_ROWS, BLOCK_BYTES // (4 * vocab)))
 
@@ -162,10 +168,11 @@ class Tiles:
 
     def logits(self, rows: slice, columns: slice) -> Tensor:
         """fp32 `[rows, columns]`, to be overwritten."""
-        head, shape = self.head, (rows.stop - rows.start, columns.stop - columns.start)
-        if self._buffer.numel() < shape[0] * shape[1]:
-            self._buffer = self._buffer.new_empty(shape[0] * shape[1])
-        out = self._buffer[: shape[0] * shape[1]].view(shape)
+        head, n, width = self.head, rows.stop - rows.start, columns.stop - columns.start
+        stride = width if self._buffer.is_cuda else row_stride(width)
+        if self._buffer.numel() < n * stride:
+            self._buffer = self._buffer.new_empty(n * stride)
+        out = self._buffer[: n * stride].view(n, stride)[:, :width]
         product(head.hidden[rows], head.weight[columns].T, out)
         if head.bias is not None:
             out += head.bias[columns]
@@ -223,6 +230,8 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
     hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
     weight = _zeros(out.weight) if out.weight is not None and kept is None else None
     everything = slice(0, tiles.vocab)
+    if kept is not None and kept.beside:  # in the memory of half a block of both sides
+        tiles.block_rows = min(tiles.block_rows, BLOCK_UNIT)
     for rows in blocks(tiles):
         logits = tiles.logits(rows, everything)
         slope = tiles.slope(logits)
@@ -260,7 +269,7 @@ class Kept:
     def __init__(self, rows: int, vocab: int, memory: Tensor) -> None:
         self.memory = memory
         self._rows, self._vocab, self._fit = rows, vocab, min(rows, memory.shape[1])
-        self._rest = memory.new_empty((rows - self._fit) * vocab)
+        self._rest = _uninitialised(memory.new_empty(()).expand((rows - self._fit) * vocab))
 
     @staticmethod
     def of(tiles: Tiles, out: Gradients) -> Kept | None:
@@ -276,6 +285,11 @@ class Kept:
             return None
         return Kept(rows, tiles.vocab, memory)
 
+    @property
+    def beside(self) -> bool:
+        """Whether rows are kept beside the weight's gradient."""
+        return self._rest.numel() > 0
+
     def columns(self) -> Iterator[slice]:
         return column_tiles(self._vocab)
 
@@ -289,13 +303,24 @@ class Kept:
             yield slice(self._fit, self._rows), outside.view(rest, width)
 
     def put(self, grad: Tensor, rows: slice) -> None:
-        """`grad [rows, V]` to its tiles."""
-        for columns in self.columns():
-            for place, part in self.parts(columns):
+        """`grad [rows, V]` to its tiles: those of one width at once."""
+        tiles = list(self.columns())
+        width = tiles[0].stop
+        alike = sum(columns.stop - columns.start == width for columns in tiles)
+        for group in (tiles[:alike], tiles[alike:]):
+            if not group:
+                continue
+            wide = group[0].stop - group[0].start
+            some = grad[:, group[0].start : group[-1].stop].unflatten(1, (len(group), wide))
+            for place, part in self.parts(group[0]):
                 first, last = max(place.start, rows.start), min(place.stop, rows.stop)
-                if first < last:
-                    some = grad[first - rows.start : last - rows.start, columns]
-                    part[first - place.start : last - place.start] = some
+                if first >= last:
+                    continue
+                step = wide * (self.memory.shape[1] if place.start == 0 else part.shape[0])
+                every = part.as_strided((len(group), *part.shape), (step, wide, 1))
+                every[:, first - place.start : last - place.start] = some[
+                    first - rows.start : last - rows.start
+                ].transpose(0, 1)
 
 
 class TileSums:
@@ -420,11 +445,18 @@ def new_gradients(
         like = head.hidden if x is None else x
         shape = like.shape if need else (0,)
         dtype = torch.float32 if partial and x is head.hidden else like.dtype
-        if need and dtype == like.dtype and _rows.values_readable(like):
-            found.append(_memory.empty_like(like))
+        if need and dtype == like.dtype:
+            found.append(_uninitialised(like))
         else:
             found.append(torch.empty(shape, dtype=dtype, device=like.device))
     return tuple(found)
+
+
+def _uninitialised(like: Tensor) -> Tensor:
+    """Contiguous memory of a tensor's shape and dtype."""
+    if _rows.values_readable(like):
+        return _memory.empty_like(like)
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def wanted(hidden: Tensor, weight: Tensor, bias: Tensor) -> Gradients:

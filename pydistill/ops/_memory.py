@@ -36,6 +36,8 @@ def empty_like(x: Tensor) -> Tensor:
         block = None  # unmapped before the next one is mapped
         rounded = -(-size // _HUGE_PAGE) * _HUGE_PAGE
         block = mmap.mmap(-1, rounded, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(AttributeError, OSError):
+            block.madvise(mmap.MADV_HUGEPAGE)
     view = memoryview(block)  # the tensor's storage holds it, so it dies with the storage
     weakref.finalize(view, _keep, block).atexit = False
     return torch.frombuffer(view, dtype=x.dtype, count=x.numel()).view(x.shape)
