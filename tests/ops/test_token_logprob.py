@@ -331,7 +331,7 @@ def test_gradcheck(t: float) -> None:
     logits = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([3, 0, 7])
     logits.data[0, 3] += 4  # one token is the maximum, the others are not
-    f = lambda z: tuple(token_logprob(z, ids, temperature=t))  # noqa: E731
+    f = lambda z: tuple(token_logprob(z, ids, temperature=t))
     assert torch.autograd.gradcheck(f, logits, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(f, logits)
 
@@ -364,7 +364,7 @@ def test_every_way_to_a_derivative(impl: str) -> None:
     close(
         torch.vmap(torch.func.grad(f))(batch), torch.stack([torch.func.grad(f)(x) for x in batch])
     )
-    jvp = lambda x: torch.func.jvp(f, (x,), (tangent,))[1]  # noqa: E731
+    jvp = lambda x: torch.func.jvp(f, (x,), (tangent,))[1]
     close(torch.vmap(jvp)(batch), torch.stack([jvp(x) for x in batch]))
 
 
@@ -379,7 +379,7 @@ def test_one_output_alone(impl: str) -> None:
 def test_vmap_over_everything(impl: str) -> None:
     logits, ids = torch.randn(3, 4, 19), torch.randint(0, 19, (3, 4))
     t, mask = 0.5 + torch.rand(3, 4), torch.rand(3, 4) < 0.6
-    f = lambda z, i, t, m: tuple(token_logprob(z, i, temperature=t, mask=m, impl=impl))  # noqa: E731
+    f = lambda z, i, t, m: tuple(token_logprob(z, i, temperature=t, mask=m, impl=impl))
     got = torch.vmap(f)(logits, ids, t, mask)
     want = [f(*row) for row in zip(logits, ids, t, mask, strict=True)]
     close(got, tuple(torch.stack(x) for x in zip(*want, strict=True)))

@@ -358,7 +358,7 @@ def test_flagged_rows(kernel_impl: str) -> None:
 def test_gradcheck(kind: str, tail: str) -> None:
     student = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     log_p, ids, _ = teacher(2, 8, 3)
-    f = lambda s: topk_divergence(s, log_p, ids, kind, tail=tail, reduction="none")  # noqa: E731
+    f = lambda s: topk_divergence(s, log_p, ids, kind, tail=tail, reduction="none")
     assert torch.autograd.gradcheck(f, student)
     if kind != "tvd":
         assert torch.autograd.gradgradcheck(f, student)
@@ -366,7 +366,7 @@ def test_gradcheck(kind: str, tail: str) -> None:
 
 def call(kind: str, tail: str, impl: str, v: int = 19) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     log_p, ids, _ = teacher(4, v, 5)
-    f = lambda s: topk_divergence(s, log_p.float(), ids, kind, tail=tail, impl=impl)  # noqa: E731
+    f = lambda s: topk_divergence(s, log_p.float(), ids, kind, tail=tail, impl=impl)
     return torch.randn(4, v, requires_grad=True), f
 
 
@@ -397,7 +397,7 @@ def test_vmap_over_the_teacher(impl: str) -> None:
     student = torch.randn(4, 19)
     rows = [teacher(4, 19, 5) for _ in range(3)]
     log_p, ids, tail = (torch.stack([row[i] for row in rows]) for i in range(3))
-    f = lambda p, i, t: topk_divergence(student, p.float(), i, tail_logprob=t.float(), impl=impl)  # noqa: E731
+    f = lambda p, i, t: topk_divergence(student, p.float(), i, tail_logprob=t.float(), impl=impl)
     close(torch.vmap(f)(log_p, ids, tail), torch.stack([f(*row) for row in rows]))
 
 

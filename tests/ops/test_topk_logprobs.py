@@ -313,7 +313,7 @@ def test_no_gradient(impl: str) -> None:
 
 def test_a_tangent_is_never_dropped(impl: str) -> None:
     x, tangent = torch.randn(2, 3, 19)
-    f = lambda s: topk_logprobs(s, 4, impl=impl).logprobs  # noqa: E731
+    f = lambda s: topk_logprobs(s, 4, impl=impl).logprobs
     with pytest.raises(RuntimeError, match="has no derivatives"):
         torch.func.jvp(f, (x,), (tangent,))
     with pytest.raises(RuntimeError, match="has no derivatives"):
@@ -335,7 +335,7 @@ def test_one_row_without_a_prefix(impl: str) -> None:
 def test_vmap(impl: str) -> None:
     batch = torch.randn(5, 6, 19)
     for dim in range(3):
-        f = lambda s: topk_logprobs(s, 4, impl=impl)  # noqa: E731
+        f = lambda s: topk_logprobs(s, 4, impl=impl)
         got = torch.vmap(f, in_dims=dim)(batch)
         want = [f(x) for x in batch.movedim(dim, 0)]
         for i, y in enumerate(got):
