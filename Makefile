@@ -7,8 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip --disable-pip-version-check
 EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
-# By files, so that a file's fixtures are made once and its kernels interpreted in one process.
-PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile
+# By files, so that a file's fixtures are made once and its kernels interpreted in one process, in
+# the order of tests/conftest.py.
+PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 
 .PHONY: demo test ctest sanitize build build-testing bench ladder ladder-full lint format docs room new-op clean

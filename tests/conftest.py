@@ -4,7 +4,9 @@
 in its output, or reads one, fails instead of passing on leftover zeros.
 """
 
+import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,14 @@ import pytest
 import torch
 
 from pydistill import _native
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take whole files in this order (`--no-loadscope-reorder`): the ladder's first, whose
+    tests are few and long, then those of the most tests, so that the end is left to short ones."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda x: ("ladder" not in x.path.parts, -tests[x.path], x.path))
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,5 @@
 
 namespace pd {
 PD_EXPORT(divergence_forward)
-PD_EXPORT(divergence_backward)
-PD_EXPORT(divergence_overwrite)
+PD_EXPORT(divergence_keep)
 }  // namespace pd

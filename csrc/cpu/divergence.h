@@ -58,9 +58,11 @@ inline int64_t divergence_scratch_bytes(const DivergenceArgs& a, bool overwrite)
 }
 
 using DivergenceRows = void (*)(const DivergenceArgs&, int64_t begin, int64_t end, float* scratch);
+using DivergencePair = void (*)(const DivergenceArgs&, int64_t pair, float* saved, float* scratch);
 
 // Tables of one function per Capability.
 extern const DivergenceRows divergence_forward_table[];    // pairs [begin, end): loss, saved, stats
+extern const DivergencePair divergence_keep_table[];       // forward_kl's exponentials in scratch
 extern const DivergenceRows divergence_backward_table[];   // student rows [begin, end): grad
 extern const DivergenceRows divergence_overwrite_table[];  // pairs: loss, and grad over the student
 

@@ -63,6 +63,12 @@ namespace avx512_bf16 = avx2;
 namespace amx = avx2;
 }  // namespace pd
 #else
+#ifdef PD_WITHOUT_PLAIN_AVX512  // a build that takes AVX512-BF16's code for both
+namespace pd {
+namespace avx512_bf16 {}
+namespace avx512 = avx512_bf16;
+}  // namespace pd
+#else
 PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl")
 #define PD_TARGET PD_TARGET_AVX512
 #define PD_NAMESPACE avx512
@@ -72,6 +78,7 @@ PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl")
 PD_END_TARGET
 
 #define PD_TOGGLE
+#endif
 PD_BEGIN_TARGET("avx2,fma,f16c,bmi,bmi2,avx512f,avx512dq,avx512bw,avx512vl,avx512bf16")
 #define PD_TARGET PD_TARGET_AVX512_BF16
 #define PD_NAMESPACE avx512_bf16

@@ -67,16 +67,14 @@ def rows(
     shard: Shard | None = None,
 ) -> tuple[Tensor, ...]:
     """The row outputs `[R]` of operator `name`, differentiable in the head's tensors."""
-    function = _LinearRowsEager
+    function: type[torch.autograd.Function] = _LinearRowsEager
     if torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
             raise RuntimeError(_NO_FORWARD_MODE.format(name))
-        function = _LinearRows  # type: ignore[assignment]
+        function = _LinearRows
     what = Rows(name, len(tensors), outputs, saved, numbers, backend, shard)
     padded = [*tensors, *[None] * (5 - len(tensors))]
-    out: tuple[Tensor, ...] = function.apply(  # type: ignore[no-untyped-call]
-        *head[:3], counted, *padded, what
-    )
+    out: tuple[Tensor, ...] = function.apply(*head[:3], counted, *padded, what)
     return out[:outputs]
 
 
@@ -122,9 +120,7 @@ class _LinearRows(torch.autograd.Function):
         if first is None and second is None:
             return (None,) * 10
         needed = tuple(ctx.needs_input_grad[:3])
-        grads = _LinearRowsBackward.apply(  # type: ignore[no-untyped-call]
-            *ctx.saved_tensors, first, second, needed, ctx.what
-        )
+        grads = _LinearRowsBackward.apply(*ctx.saved_tensors, first, second, needed, ctx.what)
         return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 7
 
 
@@ -221,7 +217,7 @@ def loss_with_gradients(
 ) -> Tensor:
     """The sum of scale * row loss of operator `name`, whose gradients are computed with it."""
     kernel = _kernel(f"{name}_gradients", backend, shard)
-    loss: Tensor = _GradientInForward.apply(  # type: ignore[no-untyped-call]
+    loss: Tensor = _GradientInForward.apply(
         *head[:3], kernel, (counted, *tensors, scale, *numbers), scale, shard
     )
     return loss

@@ -162,7 +162,7 @@ class Op(NamedTuple):
 
 def rows(op: Op, logits: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The outputs of `op`, differentiable in `logits`."""
-    out: tuple[Tensor, ...] = _Rows.apply(op, logits, *tensors)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, ...] = _Rows.apply(op, logits, *tensors)
     return out[:-1]
 
 

@@ -280,9 +280,9 @@ def _loss_rows(call: Call, *, with_stats: bool) -> tuple[Tensor, Tensor]:
                 " pydistill.divergence_jvp inside compiled"
                 " code, or take the forward-mode derivative in eager mode."
             )
-        loss, _, stats = _Divergence.apply(*inputs, options, call.backend, with_stats)  # type: ignore[no-untyped-call]
+        loss, _, stats = _Divergence.apply(*inputs, options, call.backend, with_stats)
     else:
-        loss, _, stats = _DivergenceJvp.apply(*inputs, options, call.backend, with_stats)  # type: ignore[no-untyped-call]
+        loss, _, stats = _DivergenceJvp.apply(*inputs, options, call.backend, with_stats)
     if call.soft_cross_entropy:
         entropy = stats[:, ENTROPY_T].detach()
         if options.scale_t2:
@@ -379,7 +379,7 @@ class _Divergence(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        outputs = _DivergenceJvp.apply(*_merge(info.batch_size, in_dims, args[:7]), *args[7:])  # type: ignore[no-untyped-call]
+        outputs = _DivergenceJvp.apply(*_merge(info.batch_size, in_dims, args[:7]), *args[7:])
         return tuple(o.reshape(info.batch_size, -1, *o.shape[1:]) for o in outputs), (0, 0, 0)
 
 
@@ -412,7 +412,7 @@ class _DivergenceJvp(_Divergence):
 
 
 def _gradient(*args: Any) -> Tensor:
-    grad: Tensor = (  # type: ignore[no-untyped-call]
+    grad: Tensor = (
         _DivergenceBackward if torch.compiler.is_compiling() else _DivergenceBackwardJvp
     ).apply(*args)
     return grad
@@ -590,7 +590,5 @@ def _overwrite(call: Call, student_logits: Tensor) -> Tensor:
         inputs.student, call.weight, inputs.counted, call.reduction, call.denominator,
         rows=None if rows is None else rows.shape[0],
     )  # fmt: skip
-    loss: Tensor = _DivergenceOverwrite.apply(  # type: ignore[no-untyped-call]
-        *inputs, scale, call.options, call.backend
-    )
+    loss: Tensor = _DivergenceOverwrite.apply(*inputs, scale, call.options, call.backend)
     return loss

@@ -252,7 +252,7 @@ def _rows_of(call: _Call) -> tuple[Tensor, Tensor]:
     if call.backend == "reference":
         rows = token_logprob_reference(call.inputs, call.temperature)
         return rows.logprob, rows.entropy
-    function = _TokenLogprobJvp
+    function: type[torch.autograd.Function] = _TokenLogprobJvp
     if torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
             raise RuntimeError(
@@ -260,8 +260,8 @@ def _rows_of(call: _Call) -> tuple[Tensor, Tensor]:
                 " pydistill.token_logprob_jvp inside compiled code, or take the forward-mode"
                 " derivative in eager mode."
             )
-        function = _TokenLogprob  # type: ignore[assignment]
-    out: tuple[Tensor, Tensor, Tensor] = function.apply(  # type: ignore[no-untyped-call]
+        function = _TokenLogprob
+    out: tuple[Tensor, Tensor, Tensor] = function.apply(
         *call.inputs, call.temperature, call.backend
     )
     return out[0], out[1]
@@ -333,7 +333,7 @@ class _TokenLogprob(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         merged = _merge(info.batch_size, in_dims, args[:4])
-        outputs = _TokenLogprobJvp.apply(*merged, *args[4:])  # type: ignore[no-untyped-call]
+        outputs = _TokenLogprobJvp.apply(*merged, *args[4:])
         return tuple(o.reshape(info.batch_size, -1, *o.shape[1:]) for o in outputs), (0, 0, 0)
 
 
@@ -364,7 +364,7 @@ class _TokenLogprobJvp(_TokenLogprob):
 def _gradient(*args: Any) -> Tensor:
     compiling = torch.compiler.is_compiling()
     function = _TokenLogprobBackward if compiling else _TokenLogprobBackwardJvp
-    grad: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    grad: Tensor = function.apply(*args)
     return grad
 
 

@@ -249,7 +249,7 @@ def _divergence_rows(call: Call) -> Tensor:
         loss, status = topk_divergence_reference(inputs, options)
         _check_status(inputs, status)
         return loss
-    function = _TopkDivergenceJvp
+    function: type[torch.autograd.Function] = _TopkDivergenceJvp
     if torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
             raise RuntimeError(
@@ -257,8 +257,8 @@ def _divergence_rows(call: Call) -> Tensor:
                 " pydistill.topk_divergence_jvp inside compiled code, or take the forward-mode"
                 " derivative in eager mode."
             )
-        function = _TopkDivergence  # type: ignore[assignment]
-    out: tuple[Tensor, Tensor] = function.apply(*inputs, options, call.backend)  # type: ignore[no-untyped-call]
+        function = _TopkDivergence
+    out: tuple[Tensor, Tensor] = function.apply(*inputs, options, call.backend)
     loss, saved = out
     _check_status(inputs, saved[:, STATUS])
     return loss
@@ -327,7 +327,7 @@ class _TopkDivergence(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         merged = _merge(info.batch_size, in_dims, args[:6])
-        outputs = _TopkDivergenceJvp.apply(*merged, *args[6:])  # type: ignore[no-untyped-call]
+        outputs = _TopkDivergenceJvp.apply(*merged, *args[6:])
         return tuple(o.reshape(info.batch_size, -1, *o.shape[1:]) for o in outputs), (0, 0)
 
 
@@ -351,7 +351,7 @@ class _TopkDivergenceJvp(_TopkDivergence):
 def _gradient(*args: Any) -> Tensor:
     compiling = torch.compiler.is_compiling()
     function = _TopkDivergenceBackward if compiling else _TopkDivergenceBackwardJvp
-    grad: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    grad: Tensor = function.apply(*args)
     return grad
 
 
@@ -490,7 +490,5 @@ def _overwrite(call: Call, student_logits: Tensor) -> Tensor:
     scale = _rows.row_scale(
         inputs.student, call.weight, inputs.counted, call.reduction, call.denominator
     )
-    loss: Tensor = _TopkDivergenceOverwrite.apply(  # type: ignore[no-untyped-call]
-        *inputs, scale, call.options, call.backend
-    )
+    loss: Tensor = _TopkDivergenceOverwrite.apply(*inputs, scale, call.options, call.backend)
     return loss

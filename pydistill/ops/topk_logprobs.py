@@ -126,7 +126,7 @@ def topk_logprobs(
         rows
     )
     if dual or wrapped:
-        return _shaped(_TopkLogprobs.apply(rows, *numbers), shape)  # type: ignore[no-untyped-call]
+        return _shaped(_TopkLogprobs.apply(rows, *numbers), shape)
     return _shaped(_forward(rows.detach(), *numbers), shape)
 
 
@@ -227,5 +227,5 @@ class _TopkLogprobs(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], logits: Tensor, *options: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         merged = _rows.lead(logits, in_dims[0], info.batch_size)
-        found = _TopkLogprobs.apply(merged, *options)  # type: ignore[no-untyped-call]
+        found = _TopkLogprobs.apply(merged, *options)
         return tuple(x.reshape(info.batch_size, -1, *x.shape[1:]) for x in found), (0,) * 4

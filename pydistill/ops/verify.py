@@ -147,7 +147,7 @@ def verify(
         x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in call.inputs
     )
     if dual or wrapped:
-        found: tuple[Tensor, ...] = _Verify.apply(*call.inputs, call.rule, call.backend)  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Verify.apply(*call.inputs, call.rule, call.backend)
         return VerifyResult(*found)
     plain = Inputs._make(x if x is None else x.detach() for x in call.inputs)
     return VerifyResult(*_forward(plain, call.rule, call.backend))
@@ -239,5 +239,5 @@ class _Verify(torch.autograd.Function):
             merged.append(
                 x if x is None else _verify_call.unit_stride(x) if logits else x.contiguous()
             )
-        found = _Verify.apply(*merged, *args[8:])  # type: ignore[no-untyped-call]
+        found = _Verify.apply(*merged, *args[8:])
         return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 8

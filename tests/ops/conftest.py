@@ -1,17 +1,19 @@
 """The backends of this machine, for the tests of one operator (the module's `OP`).
 
 `impl` runs a test on the reference and on the native kernels as they are chosen by default, which
-is enough for what does not hang on the instruction set; `each_cpu` on every instruction set. Where
-the native kernels are missing, impl="cpu" still runs: through the whole torch layer, with the
+is enough for what does not hang on the instruction set; `each_cpu` on every instruction set, and
+`check_on_each_cpu` a case likewise, whose truth is computed once. Where the native kernels are
+missing, impl="cpu" still runs: through the whole torch layer, with the
 reference in the kernels' place, so that autograd, vmap and compile are tested without a compiler.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from pydistill import _native, _registry
+from pydistill.testing import Case, check, expected
 
 
 @pytest.fixture(autouse=True)
@@ -55,10 +57,30 @@ def impl_name(request: pytest.FixtureRequest) -> str:
     return chosen
 
 
+def _skip_without_kernel(op: str) -> None:
+    if not native(op):
+        pytest.skip(f"the native library has no kernel of {op}; run `make build`")
+
+
 @pytest.fixture(params=_native.supported_capabilities() or ["cpu"])
 def each_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native kernels alone, in each instruction set."""
-    if not native(request.module.OP):
-        pytest.skip(f"the native library has no kernel of {request.module.OP}; run `make build`")
+    _skip_without_kernel(request.module.OP)
     with _native.use_capability(request.param):
         yield "cpu"
+
+
+@pytest.fixture
+def check_on_each_cpu(request: pytest.FixtureRequest) -> Callable[[Case], None]:
+    """Fails unless the native kernels agree with the truth of a case in every instruction set."""
+    _skip_without_kernel(request.module.OP)
+
+    def check_case(case: Case) -> None:
+        want, wrong = expected(case), []
+        for capability in _native.supported_capabilities():
+            with _native.use_capability(capability):
+                report = check(case, "cpu", want=want)
+            wrong += [] if report.ok else [f"{capability}: {report.message}"]
+        assert not wrong, "\n".join(wrong)
+
+    return check_case

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pydistill import KINDS, _native, _registry, divergence, divergence_with_stats
+from pydistill import KINDS, divergence, divergence_with_stats
 from pydistill.testing import Case, Expected, Tolerance, check, expected, load
 from pydistill.testing.case import compare
 
 OP = "divergence"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
 BENCH = [case for case in load(OP) if "bench" in case.marks]
-HAS_NATIVE = _registry.has_kernel("divergence_fwd", "cpu")
 
 Row = Callable[[Tensor, Tensor], Tensor]
 log = torch.log
@@ -173,15 +172,11 @@ def test_reference_in_the_inputs_precision(case: Case) -> None:
     assert report.ok, report.message
 
 
-@pytest.mark.skipif(not HAS_NATIVE, reason="the native library has no such kernel: make build")
 @pytest.mark.parametrize("case", table(TABLE + [c.gate for c in BENCH if c.gate is not None]))
-def test_cpu_on_every_instruction_set(case: Case) -> None:
-    want, wrong = expected(case), []
-    for capability in _native.supported_capabilities():
-        with _native.use_capability(capability):
-            report = check(case, "cpu", want=want)
-        wrong += [] if report.ok else [f"{capability}: {report.message}"]
-    assert not wrong, "\n".join(wrong)
+def test_cpu_on_every_instruction_set(
+    case: Case, check_on_each_cpu: Callable[[Case], None]
+) -> None:
+    check_on_each_cpu(case)
 
 
 def test_near_equal_cases_are_what_they_claim() -> None:

@@ -149,7 +149,7 @@ def test_autocast_changes_nothing(impl: str) -> None:
 @pytest.mark.parametrize("kind", SOME)
 def test_func_grad(kind: str, impl: str) -> None:
     student, teacher = logits(4, 19)
-    f = lambda s, t: divergence(s, t, kind, temperature=2.0, impl=impl)  # noqa: E731
+    f = lambda s, t: divergence(s, t, kind, temperature=2.0, impl=impl)
     (want,) = torch.autograd.grad(f(student, teacher), student)
     close(torch.func.grad(f)(student.detach(), teacher), want)
     grad, value = torch.func.grad_and_value(f)(student.detach(), teacher)
@@ -174,8 +174,8 @@ def test_vmap(in_dims: tuple[int | None, int | None], reduction: str, impl: str)
         return torch.randn(rows, v) if dim is None else torch.randn(batch, rows, v).movedim(0, dim)
 
     student, teacher = (make(dim) for dim in in_dims)
-    f = lambda s, t: divergence(s, t, "jsd", reduction=reduction, impl=impl)  # noqa: E731
-    at = lambda x, dim, i: x if dim is None else x.select(dim, i)  # noqa: E731
+    f = lambda s, t: divergence(s, t, "jsd", reduction=reduction, impl=impl)
+    at = lambda x, dim, i: x if dim is None else x.select(dim, i)
     pairs = [(at(student, in_dims[0], i), at(teacher, in_dims[1], i)) for i in range(batch)]
     close(torch.vmap(f, in_dims)(student, teacher), torch.stack([f(*pair) for pair in pairs]))
     if reduction == "mean":
@@ -222,7 +222,7 @@ def test_vmap_over_row_arguments(impl: str) -> None:
 def test_vmap_over_row_indices(impl: str) -> None:
     student, teacher = torch.randn(3, 4, 19), torch.randn(5, 19)
     rows_s, rows_t = torch.randint(0, 4, (3, 6)), torch.randint(0, 5, (3, 6))
-    f = lambda s, i, j: divergence(s, teacher, student_rows=i, teacher_rows=j, impl=impl)  # noqa: E731
+    f = lambda s, i, j: divergence(s, teacher, student_rows=i, teacher_rows=j, impl=impl)
     loop = [torch.func.grad(f)(student[i], rows_s[i], rows_t[i]) for i in range(3)]
     close(torch.vmap(torch.func.grad(f))(student, rows_s, rows_t), torch.stack(loop))
 
@@ -232,7 +232,7 @@ def test_forward_mode_is_the_gradient(kind: str, impl: str) -> None:
     """Every way to a tangent gives <gradient, tangent>; none drops it."""
     student, teacher = logits(4, 19)
     tangent = torch.randn(4, 19)
-    f = lambda s: divergence(s, teacher, kind, temperature=1.5, impl=impl, reduction="sum")  # noqa: E731
+    f = lambda s: divergence(s, teacher, kind, temperature=1.5, impl=impl, reduction="sum")
     (grad,) = torch.autograd.grad(f(student), student)
     want = (grad * tangent).sum()
     assert want.abs() > 1e-4
@@ -253,7 +253,7 @@ def test_forward_mode_with_rows_and_prefix(impl: str) -> None:
     student, teacher = torch.randn(2, 3, 19), torch.randn(4, 19)
     tangent = torch.randn(2, 3, 19)
     rows = {"student_rows": torch.tensor([5, 0, 0]), "teacher_rows": torch.tensor([1, 2, 3])}
-    f = lambda s: divergence(s, teacher, "jsd", reduction="none", impl=impl, **rows)  # noqa: E731
+    f = lambda s: divergence(s, teacher, "jsd", reduction="none", impl=impl, **rows)
     jacobian = torch.autograd.functional.jacobian(f, student)
     want = (jacobian * tangent).sum((1, 2, 3))
     close(torch.func.jvp(f, (student,), (tangent,))[1], want)
@@ -265,7 +265,7 @@ def test_forward_mode_with_rows_and_prefix(impl: str) -> None:
 
 def test_tangent_of_the_teacher_is_never_dropped(impl: str) -> None:
     student, teacher = torch.randn(2, 4, 19).unbind()
-    f = lambda s, t: divergence(s, t, impl=impl)  # noqa: E731
+    f = lambda s, t: divergence(s, t, impl=impl)
     if impl == "reference":
         along = torch.func.jvp(f, (student, teacher), (0 * student, torch.randn(4, 19)))[1]
         assert along != 0
@@ -282,7 +282,7 @@ def test_jvp_shapes_must_agree(impl: str) -> None:
 
 def test_second_derivatives_of_kernels_raise(kernel_impl: str) -> None:
     student, teacher = logits(4, 19)
-    f = lambda s: divergence(s, teacher, impl=kernel_impl)  # noqa: E731
+    f = lambda s: divergence(s, teacher, impl=kernel_impl)
     (grad,) = torch.autograd.grad(f(student), student, create_graph=True)
     assert grad.requires_grad  # so that what follows is not silently constant
     with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -300,7 +300,7 @@ def test_second_derivatives_of_kernels_raise(kernel_impl: str) -> None:
 
 def test_second_derivatives_of_the_reference() -> None:
     student, teacher = logits(1, 9, dtype=torch.float64)
-    f = lambda s: divergence(s, teacher, impl="reference")  # noqa: E731
+    f = lambda s: divergence(s, teacher, impl="reference")
     hessian = torch.func.hessian(f)(student.detach())[0, :, 0, :]
     q = torch.softmax(student.detach()[0], -1)
     close(hessian, torch.diag(q) - q[:, None] * q)
@@ -312,7 +312,7 @@ def test_second_derivatives_of_the_reference() -> None:
 @pytest.mark.parametrize("name", ["temperature", "beta"])
 def test_tangents_of_parameters_are_never_dropped(name: str, impl: str) -> None:
     student, teacher = torch.randn(2, 4, 19).unbind()
-    f = lambda x: divergence(student, teacher, "jsd", impl=impl, **{name: x})  # noqa: E731
+    f = lambda x: divergence(student, teacher, "jsd", impl=impl, **{name: x})
     value = torch.full((4,), 0.5)
     message = f"{name} requires grad, but no gradient flows to it"
     with pytest.raises(ValueError, match=message):

@@ -1,13 +1,14 @@
 """`linear_token_logprob`: the table of cases, and its arguments. What the fused-linear
 operators share is in test_linear_head.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from pydistill import linear_token_logprob, token_logprob
-from pydistill.testing import Case, check, expected, load
+from pydistill.testing import Case, check, load
 
 OP = "linear_token_logprob"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
@@ -21,9 +22,10 @@ def test_case(case: Case, impl_name: str) -> None:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_cpu_on_every_instruction_set(case: Case, each_cpu: str) -> None:
-    report = check(case, each_cpu, want=expected(case))
-    assert report.ok, report.message
+def test_cpu_on_every_instruction_set(
+    case: Case, check_on_each_cpu: Callable[[Case], None]
+) -> None:
+    check_on_each_cpu(case)
 
 
 def test_case_ids_are_unique() -> None:

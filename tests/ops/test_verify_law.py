@@ -48,7 +48,7 @@ def world(vocab: int, slots: int, target: str = "", draft: str = "", drafted: in
     p = rows(vocab, 7, pattern=target)
     q: Any = p if draft == "same" else rows(vocab, 1_000_003, pattern=draft)
     if draft == "greedy":
-        q = lambda prefix: len(prefix) % vocab  # noqa: E731
+        q = lambda prefix: len(prefix) % vocab
     return World(vocab, slots, p, q, options, drafted)
 
 

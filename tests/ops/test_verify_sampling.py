@@ -155,13 +155,13 @@ def test_absolute_coins_bias_block(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_coins_shared_by_draft_and_verifier_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference.coins
-    one = lambda seed, position, slot, stream: right(seed, position, slot, 0)  # noqa: E731
+    one = lambda seed, position, slot, stream: right(seed, position, slot, 0)
     monkeypatch.setattr(reference, "coins", one)
     assert chance(generate("plain", "token", "reference"), law("plain")) < 1e-4 / TESTS
 
 
 def test_residual_dropped_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    dropped = lambda d, t, n, *rest: reference._row(d.p, n)  # noqa: E731
+    dropped = lambda d, t, n, *rest: reference._row(d.p, n)
     monkeypatch.setattr(reference, "final_weights", dropped)
     for method in ("token", "block"):
         assert chance(generate("plain", method, "reference"), law("plain")) < 1e-4 / TESTS

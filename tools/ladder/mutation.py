@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def _work(folder: Path) -> None:
     results = []
     for copy in job["copies"]:
         start = time.monotonic()
-        verdict, detail = _run_forked(lambda c=copy: _judge(job, check, c), job["timeout"])  # type: ignore[misc]
+        verdict, detail = _run_forked(partial(_judge, job, check, copy), job["timeout"])
         results.append((verdict, detail, time.monotonic() - start))
         if len(results) == 1 and verdict != SURVIVED:
             break

@@ -83,9 +83,8 @@ def collect(tracked: Table) -> Table:
     """All rows, sorted; the proofs of `tracked` stand, and without nvcc its CUDA rows."""
     from tools.ladder.cuda.nvcc import TARGETS, find_nvcc
 
-    triton = (
-        divergence_table, linear_table, token_logprob_table, topk_divergence_table,
-        topk_logprobs_table,
+    row_operators = (
+        divergence_table, token_logprob_table, topk_divergence_table, topk_logprobs_table,
     )  # fmt: skip
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
     rows: Table = {key: row for key, row in tracked.items() if key.endswith(" proof")}
@@ -97,10 +96,12 @@ def collect(tracked: Table) -> Table:
         sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
         jobs += [(cuda_rows, (source, target)) for source in sources for target in TARGETS]
         jobs += [(room.cuda_bytes, ()) for room in (divergence_table, topk_divergence_table)]
-    # GATE is spelled out: importing dry_run would import triton into this process.
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        jobs += [(room.triton_rows, (target,)) for room in triton]
-    jobs += [(room.triton_bytes, ()) for room in triton]
+    # Those from hidden states last: they launch the row operators' kernels, which Triton then finds
+    # in its cache. GATE is spelled out: importing dry_run would import triton into this process.
+    for rooms in (row_operators, (linear_table,)):
+        for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+            jobs += [(room.triton_rows, (target,)) for room in rooms]
+        jobs += [(room.triton_bytes, ()) for room in rooms]
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         for result in [pool.apply_async(job, arguments) for job, arguments in jobs]:
             rows |= result.get()

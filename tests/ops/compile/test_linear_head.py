@@ -1,6 +1,6 @@
 """The fused-linear operators under `torch.compile`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -11,22 +11,6 @@ from pydistill import linear_divergence, linear_token_logprob, linear_topk_diver
 
 OP = "linear_divergence"
 close = torch.testing.assert_close
-
-# Dynamo lists torch's functions once, at its first use: let that be now, not within a test whose
-# allocations are poisoned.
-torch.compile(torch.sin, backend="eager")(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """No poisoned allocations here: they would be traced into the graph."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def heads() -> tuple[Tensor, Tensor]:

@@ -1,7 +1,5 @@
 """`topk_divergence` under `torch.compile`."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,22 +9,6 @@ from pydistill.reference.topk_divergence import TAILS
 
 OP = "topk_divergence"
 close = torch.testing.assert_close
-
-# Dynamo lists torch's functions once, at its first use: let that be now, not within a test whose
-# allocations are poisoned.
-torch.compile(torch.sin, backend="eager")(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """No poisoned allocations here: they would be traced into the graph."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def teacher(k: int) -> tuple[Tensor, Tensor]:
@@ -53,7 +35,7 @@ def test_labels_and_z_loss(impl: str) -> None:
     log_p, ids = teacher(5)
     labels = torch.tensor([3, -100, 40, 11])  # not read under compile: its row is NaN
     options = {"label_weight": 0.3, "z_loss": 1e-2, "reduction": "none", "impl": impl}
-    f = lambda s, y: topk_divergence(s, log_p, ids, labels=y, **options)  # noqa: E731
+    f = lambda s, y: topk_divergence(s, log_p, ids, labels=y, **options)
     student = torch.randn(4, 19, requires_grad=True)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(student, labels)
     (grad,) = torch.autograd.grad(got.sum(), student)
@@ -65,7 +47,7 @@ def test_labels_and_z_loss(impl: str) -> None:
 
 def test_wrong_ids_make_their_row_nan(impl: str) -> None:
     ids = torch.tensor([[0, 1], [2, 2], [3, 40], [4, 5]])
-    f = lambda s: topk_divergence(  # noqa: E731
+    f = lambda s: topk_divergence(
         s, torch.full((4, 2), -2.0), ids, tail="zero", reduction="none", impl=impl
     )
     student = torch.randn(4, 19, requires_grad=True)
@@ -78,7 +60,7 @@ def test_wrong_ids_make_their_row_nan(impl: str) -> None:
 def test_tangents_need_the_explicit_form(kernel_impl: str) -> None:
     log_p, ids = teacher(5)
     student, tangent = torch.randn(4, 19), torch.randn(4, 19)
-    f = lambda s, t: topk_divergence_jvp(s, t, log_p, ids, impl=kernel_impl)  # noqa: E731
+    f = lambda s, t: topk_divergence_jvp(s, t, log_p, ids, impl=kernel_impl)
     for x, y in zip(
         torch.compile(f, fullgraph=True, backend="aot_eager")(student, tangent),
         f(student, tangent),

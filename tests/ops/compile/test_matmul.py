@@ -8,19 +8,9 @@ from pydistill.ops.matmul import matmul
 
 OP = "matmul"
 
-# Dynamo lists torch's functions once, at its first use: let that be now, not within a test whose
-# allocations are poisoned.
-torch.compile(torch.sin, backend="eager")(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """No poisoned allocations here: they would be traced into the graph."""
-
 
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_fullgraph(accumulate: bool, impl: str) -> None:
-    torch._dynamo.reset()
     a, b = torch.randn(9, 20).bfloat16(), torch.randn(20, 30)
 
     def f(a: Tensor, b: Tensor, out: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Compiled code cannot read values for free, so what eager mode raises for becomes
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,22 +18,6 @@ from pydistill.reference.divergence import SAVED, STATS
 
 OP = "divergence"
 close = torch.testing.assert_close
-
-# Dynamo lists torch's functions once, at its first use. Let that be now, not within a test whose
-# allocations are poisoned: it would not know torch.empty again.
-torch.compile(torch.sin, backend="eager")(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """No poisoned allocations here: they would be traced into the graph."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def compiled(
@@ -109,7 +93,7 @@ def test_statistics_compile(impl: str) -> None:
 
 def test_jvp_compiles(kernel_impl: str) -> None:
     student, tangent, teacher = torch.randn(3, 4, 19).unbind()
-    f = lambda s, v, t: divergence_jvp(s, v, t, "jsd", impl=kernel_impl)  # noqa: E731
+    f = lambda s, v, t: divergence_jvp(s, v, t, "jsd", impl=kernel_impl)
     got, want = compiled(f)(student, tangent, teacher), f(student, tangent, teacher)
     close(got, want)
     assert want[1] != 0
@@ -117,7 +101,7 @@ def test_jvp_compiles(kernel_impl: str) -> None:
 
 def test_tangents_are_not_dropped_by_compile(kernel_impl: str) -> None:
     student, tangent, teacher = torch.randn(3, 4, 19).unbind()
-    f = lambda s: divergence(s, teacher, impl=kernel_impl)  # noqa: E731
+    f = lambda s: divergence(s, teacher, impl=kernel_impl)
     want = torch.func.jvp(f, (student,), (tangent,))[1]
     try:
         got = compiled(lambda s, v: torch.func.jvp(f, (s,), (v,))[1])(student, tangent)

@@ -1,7 +1,5 @@
 """`verify` under `torch.compile`."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -10,22 +8,6 @@ from torch.autograd import forward_ad
 from pydistill import VerifyResult, verify
 
 OP = "verify"
-
-# Dynamo lists torch's functions once, at its first use: let that be now, not within a test whose
-# allocations are poisoned.
-torch.compile(torch.sin, backend="eager")(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """No poisoned allocations here: they would be traced into the graph."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -1,6 +1,5 @@
 """`cache_decode`, and a loss on what it returns, under `torch.compile`."""
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -8,18 +7,6 @@ from pydistill import TopkTeacher, cache_decode, topk_divergence
 from pydistill.testing import load
 
 OP = "cache_decode"
-
-torch.compile(torch.sin, backend="eager")(torch.zeros(1))  # before anything is patched
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """No poisoned allocations here: they would be traced into the graph."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> None:
-    torch._dynamo.reset()
 
 
 def test_fullgraph(impl: str) -> None:

@@ -1,7 +1,5 @@
 """`token_logprob` under `torch.compile`."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,22 +10,6 @@ from pydistill import token_logprob, token_logprob_jvp
 OP = "token_logprob"
 close = torch.testing.assert_close
 IDS = torch.tensor([3, 18, 0, 7])
-
-# Dynamo lists torch's functions once, at its first use: let that be now, not within a test whose
-# allocations are poisoned.
-torch.compile(torch.sin, backend="eager")(torch.zeros(1))
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> None:
-    """No poisoned allocations here: they would be traced into the graph."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -47,7 +29,7 @@ def test_fullgraph(dynamic: bool, impl: str) -> None:
 def test_wrong_ids_make_their_row_nan(impl: str) -> None:
     ids = torch.tensor([0, 19, -1, 5])
     logits = torch.randn(4, 19, requires_grad=True)
-    f = lambda z: tuple(token_logprob(z, ids, impl=impl))  # noqa: E731
+    f = lambda z: tuple(token_logprob(z, ids, impl=impl))
     out = torch.compile(f, fullgraph=True, backend="aot_eager")(logits)
     for x in out:
         assert x.isnan().tolist() == [False, True, True, False]
