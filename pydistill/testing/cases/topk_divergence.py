@@ -194,7 +194,7 @@ def _table() -> list[Case]:
             add("prefix", 6, 90, 8, kind, tail, prefix=(2, 3), masked="third")
             add("labels", 9, 300, 12, kind, tail, labelled=True, marks=once, **hard)
             add("labels", 9, 300, 12, kind, tail, labelled=True, dtype=BF16, per_row=("weight",),
-                masked="third", reduction="mean", **hard)  # fmt: skip
+                masked="third", ignore_index=-1, reduction="mean", **hard)  # fmt: skip
             add("ignored", 9, 90, 8, kind, tail, labelled=True, ignore_index=-1, reduction="mean")
             add("all_masked", 4, 90, 8, kind, tail, masked="all", reduction="mean")
             add("no_rows", 0, 90, 8, kind, tail, reduction="mean")
@@ -221,6 +221,7 @@ def _table() -> list[Case]:
         add("labels_mixed", 9, 3000, 64, labelled=True, label_weight=0.3, **long)
         add("z_loss_alone", 9, 3000, 64, z_loss=0.1, **long)
         add("labels_whole", 6, 130, 130, tail="truncate", labelled=True, dtype=dtype, **hard)
+    add("z_loss_poisoned", 6, 67, 9, pattern="poisoned", masked="third", z_loss=0.1)
     add("labels_t", 6, 90, 8, "jsd", "renormalize", labelled=True, temperature=2.0, scale_t2=True,
         prefix=(2, 3), reduction="mean", denominator=7.0, **hard)  # fmt: skip
     add("labels_per_row", 6, 90, 8, "jsd", "zero", labelled=True,
