@@ -1,5 +1,5 @@
-"""`divergence` of the logits of two language-model heads, from hidden states: [tokens, V] is never
-in memory.
+"""`divergence` of the logits of two language-model heads, from hidden states: the logits are
+never in memory as a whole.
 
     loss = divergence(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)
 

@@ -1,5 +1,5 @@
-"""`topk_divergence` of a language-model head's logits, from hidden states: [tokens, V] is never in
-memory.
+"""`topk_divergence` of a language-model head's logits, from hidden states: the logits are never in
+memory as a whole.
 
     loss = topk_divergence(student_hidden @ student_weight.T, topk_logprobs, topk_ids)
 
