@@ -30,7 +30,7 @@ from pydistill.reference.divergence import KINDS, SAVED, Inputs, Options
 from pydistill.reference.linear_divergence import linear_divergence_reference
 from pydistill.reference.linear_head import Head
 
-OP = _registry.operator("linear_divergence", {torch.float32}, KINDS)
+OP = _registry.operator("linear_divergence", {torch.float32, torch.bfloat16, torch.float16}, KINDS)
 
 
 def linear_divergence(
