@@ -148,6 +148,13 @@ def test_selftest_runs_every_backend_present(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("few_cases")
+@pytest.mark.skipif(not _native.available(), reason="no native kernels; run `make build`")
+@pytest.mark.parametrize("op", _registry.public())
+def test_selftest_gives_the_kernels_every_case(op: str) -> None:
+    """Of every dtype: an operator declares those of its tensors, whatever it computes in."""
+    assert [case for case in selftest.load(op) if not selftest._serves(case, "cpu", "cpu")] == []
+
+
 def test_selftest_fails_for_a_wrong_result_and_for_an_exception(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

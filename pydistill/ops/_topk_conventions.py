@@ -19,14 +19,15 @@ class TopkConvention(NamedTuple):
 
     kinds: those that it has. tails: the one it uses by default, then those it offers besides.
     scale_t2: multiplies the loss by T^2. kl_ends: jsd at beta = 0 is forward_kl and at 1
-    reverse_kl. only_at_1: reproduced at temperature 1 alone, since the project has no temperature
-    or another gradient there.
+    reverse_kl. fixed_beta: jsd has no other beta than 1/2. only_at_1: reproduced at temperature 1
+    alone, since the project has no temperature, or elsewhere another gradient.
     """
 
     kinds: tuple[str, ...]
     tails: tuple[str, ...]
     scale_t2: bool = False
     kl_ends: bool = False
+    fixed_beta: bool = False
     only_at_1: bool = False
 
 
@@ -34,7 +35,9 @@ TOPK_CONVENTIONS: dict[str, TopkConvention] = {
     # Normalises both sides over the support, or neither. Its T^2 reaches the value alone.
     "axolotl": TopkConvention(("forward_kl",), ("renormalize", "truncate"), only_at_1=True),
     # DistillKit multiplies by T^2; tokens that were not recorded have no mass, or share the rest.
-    "distillkit": TopkConvention(("forward_kl", "jsd", "tvd"), ("zero", "bucket"), scale_t2=True),
+    "distillkit": TopkConvention(
+        ("forward_kl", "jsd", "tvd"), ("zero", "bucket"), scale_t2=True, fixed_beta=True
+    ),
     # Megatron-LM: a ghost token holds the rest.
     "megatron": TopkConvention(("forward_kl",), ("bucket",), only_at_1=True),
     # NeMo-RL: both sides over the support.
@@ -82,6 +85,12 @@ def read_convention(
         got = "a tensor" if isinstance(temperature, Tensor) else temperature
         raise ValueError(
             f"temperature is {got}, but convention={name!r} is reproduced at 1 only; pass"
+            " convention=None and choose tail and scale_t2."
+        )
+    if rule.fixed_beta and kind == "jsd" and (isinstance(beta, Tensor) or beta not in (None, 0.5)):
+        got = "a tensor" if isinstance(beta, Tensor) else beta
+        raise ValueError(
+            f"beta is {got}, but convention={name!r} has jsd at 0.5 only; drop beta, or pass"
             " convention=None and choose tail and scale_t2."
         )
     if rule.kl_ends and kind == "jsd" and isinstance(beta, (int, float)) and beta in (0, 1):

@@ -1,4 +1,5 @@
-"""The arguments of `pydistill.topk_divergence`: every check, and the form that kernels take.
+"""The arguments of `pydistill.topk_divergence`, and those of `linear_topk_divergence` beside its
+head: every check, and the form that kernels take.
 
 Kernels see the teacher at the call's temperature: log p over the support (normalised there, where
 the tail is dropped) and the log of its tail mass.

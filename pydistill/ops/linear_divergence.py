@@ -1,5 +1,5 @@
-"""`divergence` of the logits of two language-model heads, from hidden states: [tokens, V] is never
-in memory.
+"""`divergence` of the logits of two language-model heads, from hidden states: the logits are
+never in memory as a whole.
 
     loss = divergence(student_hidden @ student_weight.T, teacher_hidden @ teacher_weight.T)
 
@@ -30,7 +30,7 @@ from pydistill.reference.divergence import KINDS, SAVED, Inputs, Options
 from pydistill.reference.linear_divergence import linear_divergence_reference
 from pydistill.reference.linear_head import Head
 
-OP = _registry.operator("linear_divergence", {torch.float32}, KINDS)
+OP = _registry.operator("linear_divergence", {torch.float32, torch.bfloat16, torch.float16}, KINDS)
 
 
 def linear_divergence(

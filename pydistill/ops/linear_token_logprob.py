@@ -35,7 +35,7 @@ from pydistill.reference.linear_head import Head
 from pydistill.reference.linear_token_logprob import linear_token_logprob_reference
 from pydistill.reference.token_logprob import SAVED, Inputs
 
-OP = _registry.operator("linear_token_logprob", {torch.float32})
+OP = _registry.operator("linear_token_logprob", {torch.float32, torch.bfloat16, torch.float16})
 
 
 def linear_token_logprob(

@@ -1,5 +1,5 @@
-"""`topk_divergence` of a language-model head's logits, from hidden states: [tokens, V] is never in
-memory.
+"""`topk_divergence` of a language-model head's logits, from hidden states: the logits are never in
+memory as a whole.
 
     loss = topk_divergence(student_hidden @ student_weight.T, topk_logprobs, topk_ids)
 
@@ -39,7 +39,9 @@ from pydistill.reference.linear_head import Head
 from pydistill.reference.linear_topk_divergence import linear_topk_divergence_reference
 from pydistill.reference.topk_divergence import SAVED, STATUS, TOPK_KINDS, Inputs, Options
 
-OP = _registry.operator("linear_topk_divergence", {torch.float32}, TOPK_KINDS)
+OP = _registry.operator(
+    "linear_topk_divergence", {torch.float32, torch.bfloat16, torch.float16}, TOPK_KINDS
+)
 _NAMES = Names("linear_topk_divergence", "student_hidden", "student_weight")
 
 

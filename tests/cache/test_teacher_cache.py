@@ -547,9 +547,7 @@ def test_many_tokens(tmp_path: Path) -> None:
     for begin in range(0, len(cache), 4999):  # as no batch, block or shard ends
         end = min(begin + 4999, len(cache))
         got, (want, log_p) = cache[begin:end], given(begin, end)
-        order = want.argsort(
-            1
-        )  # an id that passed the vocabulary's end has come round to its start
+        order = want.argsort(1)  # ids beyond the vocabulary's end have come round to its start
         assert np.array_equal(got.topk_ids.numpy(), np.take_along_axis(want, order, 1))
         assert np.array_equal(cache.input_ids(begin, end).numpy(), want[:, 0])
         log_p[:, :-1] = np.take_along_axis(log_p[:, :-1], order, 1)

@@ -15,6 +15,7 @@ from _pytest.mark import ParameterSet
 
 from pydistill import linear_divergence, linear_token_logprob, linear_topk_divergence, topk_logprobs
 from pydistill.testing.case import Case, check, compare, expected
+from pydistill.testing.cases.topk_divergence import has_hard_terms
 from tools.ladder.cases import ladder_cases
 from tools.ladder.interpreter import Meter, strict
 from tools.ladder.mutants import topk_logprobs_triton
@@ -58,7 +59,10 @@ def test_table(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         report = check(case, "triton")
     assert report.ok, report.message
     counts = case.shape[0] > 0 and "all_masked" not in case.id
-    kernels = FORWARD[case.op] | BACKWARD[case.op] if counts else set()
+    ops = {case.op}
+    if case.op == "linear_topk_divergence" and has_hard_terms(case):
+        ops.add("linear_divergence")  # whose row kernels take labels and z-loss
+    kernels = set().union(*(FORWARD[op] | BACKWARD[op] for op in ops)) if counts else set()
     assert launched(meter).keys() == kernels
 
 

@@ -103,6 +103,49 @@ def test_only_the_changed_kernels_climb(monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(ran) == tests[:2]
 
 
+def test_a_changed_definition_climbs_without_mutants(monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = [
+        "tests/ladder/test_cusim.py::a",
+        "tests/ladder/test_divergence_cuda.py::test_every_case",
+        "tests/ladder/test_divergence_cuda.py::test_mutants_die",
+        "tests/ladder/test_topk_divergence_cuda.py::test_every_case",
+        "tests/ladder/test_topk_divergence_cuda.py::test_mutants_die",
+        "tests/ladder/test_topk_logprobs_triton.py::test_table",
+    ]
+    ran: list[str] = []
+    monkeypatch.setattr(proof, "_test_functions", lambda: tests)
+    monkeypatch.setattr(proof, "_run", lambda test: not ran.append(test))
+    keys = ["cuda divergence proof", "cuda topk_divergence proof"]
+    found = proof.climb({keys[0]}, {keys[1]})
+    assert found is not None and sorted(found) == keys
+    assert sorted(ran) == tests[:4]
+
+
+def test_what_asks_for_the_mutants_again() -> None:
+    new = proof.records()["cuda divergence proof"]
+    assert proof.same_kernels({**new, "definition": "other", "cases": 3}, new)
+    assert not proof.same_kernels(None, new)
+    assert not proof.same_kernels(proof.deferred(new), new)
+    for changed in ({"sources": "other"}, {"mutants": {**new["mutants"], "sweeps": 3}}):
+        assert not proof.same_kernels({**new, **changed}, new)
+
+
+def test_a_definition_is_the_reference_the_cases_and_what_they_import() -> None:
+    names = {str(path.relative_to(proof.ROOT / "pydistill"))
+             for path in proof.definition("topk_divergence")}  # fmt: skip
+    assert names == {
+        "reference/divergence.py",  # the kinds
+        "reference/hard_terms.py",
+        "reference/topk_divergence.py",
+        "testing/case.py",
+        "testing/cases/topk_divergence.py",
+    }
+    for op in ("divergence", "token_logprob", "topk_logprobs"):
+        own = {proof.ROOT / "pydistill" / "reference" / f"{op}.py",
+               proof.ROOT / "pydistill" / "testing" / "cases" / f"{op}.py"}  # fmt: skip
+        assert own <= proof.definition(op)
+
+
 def test_a_deferred_record_says_so() -> None:
     from tools.ladder.table import markdown
 

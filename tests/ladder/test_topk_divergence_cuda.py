@@ -1,13 +1,15 @@
 """The CUDA kernels of `topk_divergence`: right under cusim, lean in bytes, spill-free, loadable.
 
 With the memory hooks on an access outside a tensor's own elements or a data race fails a run, and
-every load and store is counted. Every case is run so at least once.
+every load and store is counted. Every case is run so at least once. Those with labels or z-loss run
+`divergence`'s kernels too, unwatched: they have their own test.
 """
 
 import functools
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,8 @@ import torch
 from pydistill.reference.topk_divergence import SAVED, Inputs
 from pydistill.testing import cases
 from pydistill.testing.case import Case, Expected, check, expected
+from pydistill.testing.cases.topk_divergence import has_hard_terms
+from tools.ladder.cuda import divergence as dense
 from tools.ladder.cuda.nvcc import TARGETS, compile_targets, find_nvcc
 from tools.ladder.cuda.sim import CudaSim, cache_folder, content_key, run_compiler, source_closure
 from tools.ladder.cuda.topk_divergence import SOURCE, simulated
@@ -40,8 +44,16 @@ def unhooked() -> CudaSim:
     return CudaSim.build(SOURCE)
 
 
+@functools.cache
+def dense_unhooked() -> CudaSim:
+    return CudaSim.build(dense.SOURCE)
+
+
 def assert_right(case: Case, sim: CudaSim, order: str, want: Mapping[str, Expected]) -> None:
-    with simulated(sim, order):
+    with ExitStack() as stack:
+        stack.enter_context(simulated(sim, order))
+        if has_hard_terms(case):
+            stack.enter_context(dense.simulated(dense_unhooked(), order))
         report = check(case, impl="cuda", want=want)
     assert report.ok, f"{order} {report.message}"
 

@@ -97,6 +97,8 @@ def test_table_covers_what_it_should() -> None:
             torch.bfloat16,
             torch.float16,
         }
+        labelled = [c for c in of_pair if c.options.get("label_weight") and c.options.get("z_loss")]
+        assert {torch.float32, torch.bfloat16} <= {c.dtypes[0] for c in labelled}
 
 
 @pytest.mark.parametrize("kind", TOPK_KINDS)

@@ -5,18 +5,21 @@
 
 The full ladder is every test function that has cases or mutants marked `ladder_full`, with all its
 parameters; two functions run at a time. A record names by hash the sources of the kernels and of
-their mutants, so that a changed kernel does not keep the proof of the old one; it counts the cases
-of the table and the mutants of each part.
+their mutants, so that a changed kernel does not keep the proof of the old one, and those of the
+reference and the table of cases, a change of which asks for the cases again but not for the
+mutants; it counts both. The operator's own Python, by which the cases call either side, is in
+neither hash: `make test` runs it.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,17 +31,34 @@ MUTANTS = Path(__file__).with_name("mutants")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
 
 
-def climb(keys: set[str] | None) -> dict[str, dict[str, Any]] | None:
-    """Runs the full ladder's tests of the records `keys` (None: all) and prints their reports; the
-    records if all pass."""
+def climb(
+    keys: set[str] | None, without_mutants: Collection[str] = ()
+) -> dict[str, dict[str, Any]] | None:
+    """Runs the full ladder's tests of the records `keys` (None: all), and of the records
+    `without_mutants` all but those of mutants, and prints their reports; the records if all
+    pass."""
     before = records()
-    tests = [test for test in _test_functions() if keys is None or _concerns(test, keys)]
+    tests = [
+        test
+        for test in _test_functions()
+        if keys is None
+        or _concerns(test, keys)
+        or (_concerns(test, without_mutants) and "mutants" not in test)
+    ]
     with ThreadPoolExecutor(2) as pool:
         passed = all(list(pool.map(_run, tests)))
     if records() != before:
-        print("the kernels' sources changed while their tests ran", file=sys.stderr)
+        print("what the records name changed while the tests ran", file=sys.stderr)
         return None
-    return {k: before[k] for k in keys or before} if passed else None
+    found = list(before) if keys is None else [*keys, *without_mutants]
+    return {key: before[key] for key in found} if passed else None
+
+
+def same_kernels(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
+    """Whether `old` says of the kernels and mutants of `new` that they have climbed."""
+    if old is None or not old.get("climbed", True):
+        return False
+    return all(old[name] == new[name] for name in ("sources", "mutants"))
 
 
 def deferred(record: dict[str, Any]) -> dict[str, Any]:
@@ -46,14 +66,14 @@ def deferred(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, "climbed": False}
 
 
-def _concerns(test: str, keys: set[str]) -> bool:
+def _concerns(test: str, keys: Collection[str]) -> bool:
     """Whether a test function is of one of these records' kernels, or of the ladder itself."""
     from pydistill._registry import OPERATORS
 
     stem = Path(test.partition("::")[0]).stem
     of = [key for op in OPERATORS for key in (f"triton {op} proof", f"cuda {op} proof")
           if stem.startswith("test_{1}_{0}".format(*key.split()))]  # fmt: skip
-    return not of or bool(keys & set(of))
+    return not of or bool(set(keys) & set(of))
 
 
 def _test_functions() -> list[str]:
@@ -92,10 +112,29 @@ def records() -> dict[str, dict[str, Any]]:
             parts = importlib.import_module(f"tools.ladder.mutants.{op}_{backend}").PARTS
             rows[f"{backend} {op} proof"] = {
                 "sources": fingerprint([*sources, *filter(Path.exists, checks)]),
+                "definition": fingerprint(definition(op)),
                 "cases": sum(not case.marks & {"slow", "bench"} for case in load(op)),
                 "mutants": {name: len(mutants) for name, mutants in parts.items()},
             }
     return rows
+
+
+def definition(op: str) -> set[Path]:
+    """The files that say what the operator's kernels have to compute: its table of cases, the
+    checker, its reference, and every other reference that these or the operator's module import."""
+    folders = ("pydistill.reference", "pydistill.testing")
+    of_op = f"pydistill.ops.{op}"
+    waiting, found = [of_op, f"pydistill.reference.{op}", f"pydistill.testing.cases.{op}"], set()
+    while waiting:
+        name = waiting.pop()
+        path = ROOT / f"{name.replace('.', '/')}.py"
+        if path in found or not path.exists():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(folders):
+                waiting += [f"{node.module}", *(f"{node.module}.{x.name}" for x in node.names)]
+    return found - {ROOT / "pydistill" / "ops" / f"{op}.py"}
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

@@ -156,14 +156,15 @@ def markdown(table: Table) -> str:
             "agrees with the reference, and every mutant of every part fails a check that the",
             "untouched kernel passes.",
             "",
-            "| kernels | sources | cases | mutants, all killed |",
-            "| --- | --- | --- | --- |",
+            "| kernels | sources | reference and cases | cases | mutants, all killed |",
+            "| --- | --- | --- | --- | --- |",
         ]
     for key, row in proofs.items():
         mutants = ", ".join(f"{part} {count}" for part, count in sorted(row["mutants"].items()))
         name = key.removesuffix(" proof")
         mutants = mutants if row.get("climbed", True) else f"**not climbed yet** ({mutants})"
-        lines.append(f"| `{name}` | `{row['sources']}` | {row['cases']} | {mutants} |")
+        hashes = f"`{row['sources']}` | `{row['definition']}`"
+        lines.append(f"| `{name}` | {hashes} | {row['cases']} | {mutants} |")
     for backend in ("triton", "cuda"):
         cells: dict[str, dict[str, str]] = defaultdict(dict)
         for key, row in table.items():

@@ -14,6 +14,7 @@ from pydistill.ops.topk_divergence import topk_divergence
 from pydistill.reference.topk_divergence import TAILS, TOPK_KINDS
 from pydistill.testing.case import Case, Expected
 from pydistill.testing.cases import _linear
+from pydistill.testing.cases.topk_divergence import labels_in_and_out
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 _SHORT = {FP32: "fp32", BF16: "bf16", FP16: "fp16"}
@@ -31,6 +32,7 @@ def _case(
     dtypes: tuple[torch.dtype, torch.dtype] = (FP32, FP32),
     biased: bool = False,
     masked: bool = False,
+    labelled: bool = False,
     per_row: tuple[str, ...] = (),
     prefix: tuple[int, ...] | None = None,
     marks: tuple[str, ...] = (),
@@ -56,8 +58,9 @@ def _case(
         values, ids = values[:, order], ids[:, order]
         kwargs["topk_logprobs"] = values.float().reshape(*shape, k).to(device)
         kwargs["topk_ids"] = ids.reshape(*shape, k).to(device)
+        outside = log_p.scatter(1, ids, -torch.inf)
         if tail == "bucket":
-            rest = torch.logsumexp(log_p.scatter(1, ids, -torch.inf), -1).clamp(min=-1e30)
+            rest = torch.logsumexp(outside, -1).clamp(min=-1e30)
             kwargs["tail_logprob"] = rest.float().reshape(shape).to(device)
         for parameter in per_row:
             low, high = {"temperature": (0.5, 2.0), "weight": (0.0, 2.0)}.get(parameter, (0.1, 0.9))
@@ -65,6 +68,9 @@ def _case(
             kwargs[parameter] = value.to(device)
         if masked:
             kwargs["mask"] = (torch.arange(rows) % 3 != 1).reshape(shape).to(device)
+        if labelled:
+            labels = labels_in_and_out(ids, outside, options.get("ignore_index", -100))
+            kwargs["labels"] = labels.reshape(shape).to(device)
         return kwargs
 
     products = 2 * rows * v * h
@@ -84,6 +90,7 @@ def _case(
 
 def _table() -> list[Case]:
     cases: list[Case] = []
+    hard: dict[str, Any] = {"label_weight": 0.3, "z_loss": 1e-2}
 
     def add(*arguments: Any, **more: Any) -> None:
         cases.append(_case(*arguments, **more))
@@ -98,6 +105,20 @@ def _table() -> list[Case]:
             add("half", 5, 300, 12, kind, tail, marks=marks, **half)
             add("tiles", 4, 4200, 40, kind, tail, biased=True, reduction="sum", marks=marks)
             add("masked", 6, 90, 8, kind, tail, prefix=(2, 3), masked=True, reduction="mean")
+            once = marks if kind == "forward_kl" else ()
+            add("labels", 9, 300, 12, kind, tail, labelled=True, masked=True, marks=once, **hard)
+            add("labels_half", 9, 300, 12, kind, tail, labelled=True, per_row=("weight",), **half,
+                **hard)  # fmt: skip
+    for reduction in ("none", "sum"):
+        options: dict[str, Any] = {"labelled": True, "biased": True, "reduction": reduction}
+        add(f"labels_tiles_{reduction}", 4, 4200, 40, **options, **hard)
+        add(f"labels_alone_{reduction}", 9, 300, 12, label_weight=1.0, **options)
+        add(f"labels_mixed_{reduction}", 9, 300, 12, label_weight=0.3, **options)
+        add(f"z_loss_alone_{reduction}", 9, 300, 12, z_loss=0.1, reduction=reduction)
+        add(f"ignored_{reduction}", 9, 300, 12, ignore_index=-1, **options)
+    add("labels_softcap", 6, 200, 8, "jsd", "renormalize", prefix=(2, 3), labelled=True,
+        student_softcap=4.0, student_logit_scale=1.25, temperature=2.0, scale_t2=True,
+        reduction="mean", denominator=7.0, **hard)  # fmt: skip
     add("whole", 4, 31, 31, "jsd")
     add("one_token", 3, 1, 1)
     add("no_rows", 0, 90, 8, reduction="mean")
@@ -106,7 +127,7 @@ def _table() -> list[Case]:
     for dtypes in ((BF16, FP32), (FP32, BF16)):
         add("dtypes", 6, 40, 8, dtypes=dtypes, reduction="sum")
     for h in (576, 2048):
-        options: dict[str, Any] = {"h": h, "dtypes": (BF16, BF16), "reduction": "mean"}
+        options = {"h": h, "dtypes": (BF16, BF16), "reduction": "mean"}
         gate = _case("bench", 8, 151936, 64, **options)
         add("bench", 1024, 151936, 64, marks=("bench", "slow"), gate=gate, **options)
     return cases
