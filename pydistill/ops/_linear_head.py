@@ -28,7 +28,8 @@ from pydistill.reference.linear_head import Head
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A block of rows in forward: at most so many rows (enough to spread the packing of the weight
-# over), in units of the CPU kernels' tiles (12 rows, or 32), and at most so many bytes of fp32 logits a side.
+# over), in units of the CPU kernels' tiles (12 rows, or 32), and at most so many bytes of fp32
+# logits a side.
 BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 96, 128 << 20
 # A tile of backward. Its rows have whole units of columns: others begin between the 16-byte words
 # that a GPU's threads load.
