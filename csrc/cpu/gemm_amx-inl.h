@@ -4,6 +4,13 @@
 // Panels of b are packed as for the other micro-kernels: 16 steps of 16 lines are what a product
 // takes. A product takes the 16 steps of a row of a together, so panels of a are packed by blocks
 // of 16 steps, line after line. Steps are padded with zeros to whole blocks.
+//
+// Four products take 64 cycles, and their four loads as long where all come from the second-level
+// cache, so the rest is about memory: the panel that is used again stays in the first-level cache
+// (the other one is loaded as used once), the source of the next panels and the lines of the result
+// are fetched between the products, and lines of a bf16 operand that lie along the depth become
+// rows of tiles as they are, not columns, which would have to be transposed for every block of rows
+// (kExchanged).
 #if defined(PD_GEMM_AMX_INL_H) == defined(PD_TOGGLE)
 #ifdef PD_GEMM_AMX_INL_H
 #undef PD_GEMM_AMX_INL_H
@@ -69,6 +76,17 @@ inline void PackLinesOf(const Lines& x, int64_t panel, int64_t panels, int64_t k
     }
   }
 }
+
+// Loads a tile register, which gcc wants to see as a digit. What is used `once` must not drive the
+// panel that is kept out of the first-level cache.
+#define PD_LOAD_TILE(number, once, data, stride)    \
+  do {                                              \
+    if constexpr (once) {                           \
+      _tile_stream_loadd(number, (data), (stride)); \
+    } else {                                        \
+      _tile_loadd(number, (data), (stride));        \
+    }                                               \
+  } while (false)
 
 // With kExchanged the tile is that of the transpose of the result.
 template <bool kExchanged>
@@ -154,7 +172,7 @@ struct AmxTile {
     int64_t left = to ? to->rows : kRows;
     const int64_t share = Ceil(kRows * kLanes, steps + 1);
     const int64_t piece =
-        Ceil(source.bytes, Ceil(steps, kLanes) * 64) * 64;  // of a line of `source`
+        Ceil(source.bytes * kLanes, steps * 64 + 1) * 64;  // of a line of `source`
     int64_t offset = 0;
     for (int64_t k = 0; k < steps; k += kLanes, a.data += a.block, b += kColumns * kLanes) {
       for (const int64_t stop = Least(offset + piece, source.bytes); offset < stop; offset += 64) {
@@ -166,12 +184,12 @@ struct AmxTile {
         __builtin_prefetch(ahead, 1);
         __builtin_prefetch(ahead + 64, 1);
       }
-      Load<4, !kKeepsA>(a.data, a.line);
-      Load<6, kKeepsA>(b, kColumns * 4);
+      PD_LOAD_TILE(4, !kKeepsA, a.data, a.line);
+      PD_LOAD_TILE(6, kKeepsA, b, kColumns * 4);
       _tile_dpbf16ps(0, 4, 6);
-      Load<7, kKeepsA>(b + 16, kColumns * 4);
+      PD_LOAD_TILE(7, kKeepsA, b + 16, kColumns * 4);
       _tile_dpbf16ps(1, 4, 7);
-      Load<5, !kKeepsA>(a.data + 16 * a.line, a.line);
+      PD_LOAD_TILE(5, !kKeepsA, a.data + 16 * a.line, a.line);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -197,16 +215,6 @@ struct AmxTile {
   // What compilers do not know of the tile instructions: that they read memory.
   static PD_INLINE void Memory() { __asm__ volatile("" ::: "memory"); }
 
-  // A panel that is not kept must not drive the kept one out of the first-level cache.
-  template <int kRegister, bool kOnce>
-  static PD_INLINE void Load(const void* data, int64_t stride) {
-    if constexpr (kOnce) {
-      _tile_stream_loadd(kRegister, data, stride);
-    } else {
-      _tile_loadd(kRegister, data, stride);
-    }
-  }
-
   static void WriteTransposed(const float* tile, const Corner& to) {
     alignas(64) float turned[kColumns * kRows];
     const bool direct = to.dtype == DType::kF32 && !to.accumulate && to.columns == kRows;
@@ -225,6 +233,8 @@ struct AmxTile {
     if (!direct) WriteTile(turned, kRows, to);
   }
 };
+
+#undef PD_LOAD_TILE
 
 }  // namespace
 }  // namespace pd::PD_NAMESPACE

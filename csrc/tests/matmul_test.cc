@@ -117,6 +117,17 @@ int Main() {
       }
     }
   }
+  // What AMX's tiles tell apart: whole tiles and parts, lines where they lie, copied (powers of two
+  // apart, a part of the depth, a ragged end) and side by side, several blocks of the depth.
+  for (const Shape& s : {Shape{33, 1152, 64}, Shape{40, 606, 70}, Shape{34, 1024, 33},
+                         Shape{160, 590, 33}, Shape{300, 590, 48}}) {
+    for (int layout = 0; layout < 4; ++layout) {
+      for (const DType a : {DType::kBf16, DType::kF32}) {
+        Check(s, a, DType::kBf16, DType::kF32, layout & 1, layout & 2, 0, layout & 1, true);
+      }
+      Check(s, DType::kBf16, DType::kBf16, DType::kBf16, layout & 1, layout & 2, 5, false, false);
+    }
+  }
   if (failures) std::fprintf(stderr, "%d failures\n", failures);
   return failures != 0;
 }
