@@ -38,9 +38,10 @@ void spread(int64_t blocks, void (*body)(void*, int64_t, int64_t), void* state) 
 }
 
 void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted, Tensor warpers,
-                Tensor seed, Tensor position, MaybeTensor bias, int64_t method, int64_t lenience,
-                double strength, double alpha, Tensor tokens, Tensor num_accepted, Tensor logprobs,
-                Tensor overlap, Tensor tv, Tensor target_lse, Tensor draft_lse, Tensor flags) {
+                Tensor seed, Tensor position, MaybeTensor bias, MaybeTensor parent, int64_t method,
+                int64_t lenience, double strength, double alpha, Tensor tokens, Tensor num_accepted,
+                Tensor logprobs, Tensor overlap, Tensor tv, Tensor target_lse, Tensor draft_lse,
+                Tensor flags, Tensor path) {
   VerifyArgs a{};
   STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1 && target.size(2) >= 1,
                   "target must be [B, K + 1, V]");
@@ -66,8 +67,15 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
     a.bias = vector<float>("logit_bias", *bias, one ? a.vocab : batch * a.vocab);
     a.bias_step = one ? 0 : a.vocab;
   }
+  if (parent.has_value()) {
+    const bool one = parent->numel() == a.slots && batch != 1;
+    a.parent = vector<int32_t>("parent", *parent, one ? a.slots : batch * a.slots);
+    a.parent_step = one ? 0 : a.slots;
+  }
   STD_TORCH_CHECK(method >= 0 && method < kVerifyMethods, "method is ", method);
   STD_TORCH_CHECK(lenience >= 0 && lenience < kLeniences, "lenience is ", lenience);
+  STD_TORCH_CHECK((method >= kVerifyTargetOnly) == parent.has_value(),
+                  "parent must be given for trees, and only there");
   a.method = static_cast<VerifyMethod>(method);
   a.lenience = static_cast<Lenience>(lenience);
   a.strength = strength;
@@ -80,6 +88,7 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
   a.target_lse = vector<float>("target_lse", target_lse, batch * rows);
   a.draft_lse = vector<float>("draft_lse", draft_lse, batch * a.slots);
   a.flags = vector<int32_t>("flags", flags, batch * rows);
+  a.path = vector<int64_t>("path", path, batch * a.slots);
   const VerifyRequests kernel = verify_requests_table[static_cast<int>(active_capability())];
   const int64_t bytes = verify_scratch_bytes(a);
   if (batch < 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {

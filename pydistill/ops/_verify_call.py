@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pydistill import _registry
 from pydistill.ops import _rows
-from pydistill.reference.verify import LENIENCES, METHODS, WARPERS, Inputs, Rule
+from pydistill.reference.verify import LENIENCES, METHODS, TREES, WARPERS, Inputs, Rule
 
-_LATER = ("tree_target_only", "tree", "traversal")
 _FORMS = LENIENCES[1:5]
 
 
@@ -32,6 +31,7 @@ def prepare(
     rule: Rule,
     impl: str,
     *,
+    tree: Tensor | None,
     num_drafted: int | Tensor | None,
     warpers: list[tuple[str, Any]],
     logit_bias: Tensor | None,
@@ -52,6 +52,11 @@ def prepare(
     )
     check_draft(draft, target)
     backend = _registry.resolve(op, impl, device.type, target.dtype)
+    if draft is not None and METHODS[rule.method] == "tree_target_only":
+        raise ValueError(
+            "draft_logits is given, and method='tree_target_only' asks the target alone; pass"
+            " draft_logits=None, or method='tree' or 'traversal'."
+        )
     ids = check_ids(ids, (batch, slots), vocab, device)
     counts = per_request(
         "num_drafted", slots if num_drafted is None else num_drafted, batch, device
@@ -69,6 +74,7 @@ def prepare(
         per_request("seed", seed, batch, device).contiguous(),
         positions,
         bias_rows(logit_bias, target),
+        parents(tree, ids, counts),
     )
     return Call(inputs, rule, backend)
 
@@ -123,6 +129,33 @@ def check_ids(ids: Any, shape: tuple[int, int], vocab: int, device: torch.device
                 f" use 0 to {vocab - 1}, and -1 in slots without a token."
             )
     return rows
+
+
+def parents(tree: Tensor | None, ids: Tensor, counts: Tensor) -> Tensor | None:
+    """int32 `[1, N]` or `[B, N]`."""
+    if tree is None:
+        return None
+    if not isinstance(tree, Tensor) or tree.dtype not in (torch.int64, torch.int32):
+        got = tree.dtype if isinstance(tree, Tensor) else type(tree).__name__
+        raise TypeError(f"tree is {got}; pass int32 parents [N] or [B, N].")
+    _rows.check_device("tree", tree, ids.device)
+    batch, nodes = ids.shape
+    if tuple(tree.shape) not in ((nodes,), (batch, nodes)):
+        raise ValueError(
+            f"tree has shape {tuple(tree.shape)}; pass {(nodes,)}, or {(batch, nodes)} for one a"
+            " request: a parent for each of draft_ids."
+        )
+    rows = tree if tree.ndim == 2 else tree[None]
+    if nodes and all(_rows.values_readable(x) for x in (rows, ids, counts)):
+        node = torch.arange(nodes)
+        wrong = ((rows < -1) | (rows >= node)) & (ids != -1) & (node < counts[:, None])
+        if bool(wrong.any()):
+            request, i = (int(x) for x in wrong.nonzero()[0])
+            raise ValueError(
+                f"tree gives node {i} the parent {int(rows.expand_as(ids)[request, i])}; a parent"
+                f" has to come before its children: use -1 to {i - 1}, -1 for the committed tokens."
+            )
+    return rows.int().contiguous()
 
 
 def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
@@ -252,18 +285,18 @@ def rule_of(
     tv_budget: float | None,
     typical: tuple[float, float] | None,
 ) -> Rule:
-    """Raises for a method that is unknown or not built, and for numbers that do not fit it."""
-    if method in _LATER:
-        raise ValueError(
-            f"method={method!r} is not built yet; verify one path of the tree with method='block'"
-            " or 'token'."
-        )
+    """Raises for a method that is unknown, and for a tree or numbers that do not fit it."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; use one of {', '.join(METHODS)}.")
-    if tree is not None:
+    if tree is not None and method not in TREES:
         raise ValueError(
-            f"tree is given, and method={method!r} is for chains; pass tree=None and one path of"
-            " the tree."
+            f"tree is given, and method={method!r} is for chains; use one of {', '.join(TREES)}, or"
+            " pass tree=None and one path of the tree."
+        )
+    if tree is None and method in TREES:
+        raise ValueError(
+            f"method={method!r} needs a tree; pass tree=, int32 [N] or [B, N]: the node that each"
+            " drafted token follows, -1 for the committed tokens."
         )
     if method != "token" and (lenience is not None or tv_budget is not None):
         raise ValueError(

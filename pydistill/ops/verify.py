@@ -3,12 +3,14 @@ that follows them, from the logits of both.
 
     token   accept x while u q(x) < p(x); then y ~ [p - q]+, or y ~ p after the last
     block   accept the longest prefix that its own coin passes, by the ratio of the whole prefix
+    tree    try the siblings of a tree one by one, p and q being what the earlier ones left
+    traversal   the same from the leaves up, by the ratio of the whole path
 
 p and q are the warped distributions (temperature, top-k, top-p, min-p), u counter-based coins.
 docs/ops/verify.md has every formula, the coins bit by bit, and the limits.
 
-Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], draft_ids [B, K]; fp32, bf16 or fp16
-(fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are needed and one
+Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], draft_ids [B, K], tree [B, K]; fp32,
+bf16 or fp16 (fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are needed and one
 pass over them in cache; nothing of size V is written. One call decides and samples, so that no
 probabilities are ever in memory and the reported numbers are those the decision was made with.
 """
@@ -26,6 +28,7 @@ from pydistill.ops import _rows, _verify_call
 from pydistill.reference.verify import (
     BAD_DRAFT,
     BAD_ID,
+    BAD_PARENT,
     BAD_TARGET,
     IMPOSSIBLE,
     Inputs,
@@ -34,7 +37,15 @@ from pydistill.reference.verify import (
     verify_reference,
 )
 
-__all__ = ["BAD_DRAFT", "BAD_ID", "BAD_TARGET", "IMPOSSIBLE", "VerifyResult", "verify"]
+__all__ = [
+    "BAD_DRAFT",
+    "BAD_ID",
+    "BAD_PARENT",
+    "BAD_TARGET",
+    "IMPOSSIBLE",
+    "VerifyResult",
+    "verify",
+]
 OP = _registry.operator("verify", {torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -49,6 +60,7 @@ class VerifyResult(NamedTuple):
     target_lse: Tensor  # [B, K + 1]
     draft_lse: Tensor  # [B, K]
     flags: Tensor  # int32 [B, K + 1]
+    path: Tensor  # int64 [B, K], -1 behind the last
 
 
 def verify(
@@ -75,16 +87,23 @@ def verify(
     position: int | Tensor,
     impl: str = "auto",
 ) -> VerifyResult:
-    """Accepts a prefix of each request's drafted tokens and samples the token that follows it.
+    """Accepts a prefix of each request's drafted tokens, or a path of its tree of them, and samples
+    the token that follows.
 
     Args:
-        target_logits: `[B, K + 1, V]`, any strides: row i is the target's of the token at offset i.
-            fp32, bf16, fp16; fp64 on the reference.
+        target_logits: `[B, K + 1, V]`, any strides: row i is the target's of the token at offset i;
+            in a tree row 0 is at the root, row i + 1 behind node i. fp32, bf16, fp16; fp64 on the
+            reference.
         draft_logits: `[B, K, V]` of the same dtype: the rows that the drafted tokens were sampled
-            from, by the draft's warpers; or None for a draft that does not sample (greedy, n-gram).
+            from, by the draft's warpers, at the places of the target's rows; or None for a draft
+            that does not sample (greedy, n-gram, the most likely tokens).
         draft_ids: int64 or int32 `[B, K]`, -1 in slots without a token.
-        method: "token" or "block", which leave the target's law as it is, or "typical".
-        tree: for methods on trees, none of which is built yet.
+        method: for chains "token" or "block", which leave the target's law as it is, or "typical";
+            for trees "tree" or "traversal", and "tree_target_only", which asks no draft. These
+            three leave the law as it is.
+        tree: int32 or int64 `[K]`, or `[B, K]` for one a request: the node that each drafted token
+            follows, -1 for the committed tokens. Parents come before their children, siblings in
+            the order in which they were drawn, without replacement.
         num_drafted: slots from here on are not looked at; an int or one a request, 0 to K (all K).
         temperature, top_k, top_p, min_p: the target's warpers, a number or one a request, applied
             in this order; temperature 0 is greedy, and `top_k` 0, `top_p` 1 and `min_p` 0 are off.
@@ -106,8 +125,10 @@ def verify(
             overlap: sum min(p, q), the probability that "token" accepts.
             bias: total variation of the emitted token's law from p; 0 for lossless methods.
             target_lse, draft_lse: log-normalisers of the warped rows.
-            flags: of each row, the sum of BAD_ID (1), BAD_TARGET (2), BAD_DRAFT (4) and IMPOSSIBLE
-                (8): what ended the drafted block before its rejection or its end.
+            flags: of each row, the sum of BAD_ID (1), BAD_TARGET (2), BAD_DRAFT (4), IMPOSSIBLE (8)
+                and BAD_PARENT (16): what ended the drafted block before its rejection or its end,
+                and in a tree, which children could not be put to the test.
+            path: the accepted slots, or nodes, then -1: of whose caches to keep.
 
         Numbers of rows that were not evaluated are NaN. No result requires grad.
 
@@ -125,6 +146,7 @@ def verify(
         draft_ids,
         _verify_call.rule_of(method, tree, lenience, tv_budget, typical),
         impl,
+        tree=tree,
         num_drafted=num_drafted,
         warpers=[
             ("temperature", temperature),
@@ -179,6 +201,7 @@ def _forward(inputs: Inputs, rule: Rule, backend: str) -> Outputs:
         torch.empty_like(rows),
         torch.empty_like(drafted),
         torch.empty_like(rows, dtype=torch.int32),
+        tokens.new_empty((batch, slots)),
     )
     _registry.overload("verify_fwd", backend)(*inputs, *rule, *outputs)
     return outputs
@@ -186,7 +209,7 @@ def _forward(inputs: Inputs, rule: Rule, backend: str) -> Outputs:
 
 def verify_fwd(*args: Any) -> None:
     """The reference as an `out` kernel, for torch's dispatcher."""
-    inputs, rule, outputs = Inputs(*args[:8]), Rule(*args[8:12]), args[12:]
+    inputs, rule, outputs = Inputs(*args[:9]), Rule(*args[9:13]), args[13:]
     for out, value in zip(outputs, verify_reference(inputs, rule), strict=True):
         out.copy_(value)
 
@@ -195,9 +218,11 @@ _registry.kernel(
     OP,
     "verify_fwd",
     "(Tensor target, Tensor? draft, Tensor ids, Tensor num_drafted, Tensor warpers, Tensor seed,"
-    " Tensor position, Tensor? logit_bias, int method, int lenience, float strength, float alpha,"
+    " Tensor position, Tensor? logit_bias, Tensor? parent, int method, int lenience, float strength,"
+    " float alpha,"
     " Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) logprobs, Tensor(d!) overlap,"
-    " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags) -> ()",
+    " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags,"
+    " Tensor(i!) path) -> ()",
     verify_fwd,
 )
 
@@ -207,7 +232,7 @@ class _Verify(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward(Inputs(*args[:8]), *args[8:]))
+        return tuple(_forward(Inputs(*args[:9]), *args[9:]))
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -215,7 +240,7 @@ class _Verify(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 10
+        return (None,) * 11
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -225,11 +250,11 @@ class _Verify(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        given, batch = Inputs(*args[:8]), info.batch_size
+        given, batch = Inputs(*args[:9]), info.batch_size
         requests = given.target.shape[1 if in_dims[0] == 0 else 0]
         merged: list[Tensor | None] = []
         for name, x, dim in zip(Inputs._fields, given, in_dims, strict=False):
-            if x is not None and name in ("warpers", "seed", "logit_bias"):
+            if x is not None and name in ("warpers", "seed", "logit_bias", "parent"):
                 # A row for all requests of each call: one a request of the batch.
                 x = x[None] if dim is None else x.movedim(dim, 0)
                 x = x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])
@@ -239,5 +264,5 @@ class _Verify(torch.autograd.Function):
             merged.append(
                 x if x is None else _verify_call.unit_stride(x) if logits else x.contiguous()
             )
-        found = _Verify.apply(*merged, *args[8:])  # type: ignore[no-untyped-call]
-        return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 8
+        found = _Verify.apply(*merged, *args[9:])  # type: ignore[no-untyped-call]
+        return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 9
