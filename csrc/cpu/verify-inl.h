@@ -30,7 +30,7 @@ class Chain : RequestBase {
         s.scale = ratio;
         Weigh(s);
         const bool sure = s.rest == 0 && ratio == 1;
-        const double den = s.rest + 1 - ratio;
+        const double den = s.rest + (1 - ratio);
         if (length > 0 && Flip(length - 1, sure ? 1 : s.rest, sure ? 1 : den)) accepted_ = length;
         ratio = std::fmin(1.0, ratio * s.px / s.qx);
       } else {

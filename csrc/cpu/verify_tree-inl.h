@@ -163,7 +163,7 @@ class Tree : RequestBase {
       if (!first && !s.exact) CompareRows(s);
       const double z = s.rest * k / b.mass;
       const bool small = (more && (s.rest < kSmall * s.scale || left < kSmall)) ||
-                         (b.ratio < 1 && z + 1 - b.ratio < kSmall);
+                         (b.ratio < 1 && z + (1 - b.ratio) < kSmall);
       if (s.exact || small) left = Refine(s, spread_, search_, tokens_ + b.begin, b.next);
       Lower(b, s.rest * k / b.mass);
       b.mass = s.rest / s.scale, b.rho = 1 / s.scale, b.left = left;
@@ -188,7 +188,7 @@ class Tree : RequestBase {
   // The ratio after a failure that left the mass z of it.
   void Lower(Branch& b, double z) const {
     const bool sure = z == 0 && b.ratio == 1;
-    if (a_.method == kVerifyTraversal) b.ratio = sure ? 1 : z / (z + 1 - b.ratio);
+    if (a_.method == kVerifyTraversal) b.ratio = sure ? 1 : z / (z + (1 - b.ratio));
   }
 
   // Each returns the row where the walk ends.

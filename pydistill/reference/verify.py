@@ -239,7 +239,7 @@ def _block(
         last = length == i + 1
         sure = (z == 0) & (r == 1)
         num.append(torch.where(last, r, torch.where(sure, 1.0, z)))
-        den.append(torch.where(last | sure, 1.0, z + 1 - r))
+        den.append(torch.where(last | sure, 1.0, z + (1 - r)))
     return torch.stack(num, 1), torch.stack(den, 1), torch.stack(scale[:-1], 1)
 
 
@@ -341,7 +341,7 @@ def after_rejection(p: Tensor, q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor
     sure = (z == 0) & (ratio == 1)
     left = torch.where(z > 0, z, 1)
     p = torch.where((z > 0)[:, None], rest / left[:, None], p)
-    return p, torch.where(sure, 1.0, z / torch.where(sure, 1.0, z + 1 - ratio))
+    return p, torch.where(sure, 1.0, z / torch.where(sure, 1.0, z + (1 - ratio)))
 
 
 def without(q: Tensor, x: Tensor) -> Tensor:
