@@ -30,14 +30,16 @@ struct VerifyRows {
 
 struct VerifyArgs {
   DType dtype;
-  int64_t slots, vocab;      // K, in a tree the number of nodes, and V
-  VerifyRows target, draft;  // [B, K + 1, V] and [B, K, V]
-  const int64_t *ids, *num_drafted, *position;
-  const int64_t* seed;    // [B], or [1] with seed_step 0
-  const double* warpers;  // [B, 2 kWarpers], or [1, ...] with warper_step 0
-  const float* bias;      // [B, V], or [1, V] with bias_step 0, or null
-  const int32_t* parent;  // [B, K], or [1, K] with parent_step 0; null for chains
-  int64_t seed_step, warper_step, bias_step, parent_step;
+  int64_t slots, vocab;        // K, in a tree the number of nodes, and V
+  VerifyRows target, draft;    // [B, K + 1, V] and [B, K, V]
+  const int64_t* ids;          // [B, K]
+  const int64_t* num_drafted;  // [B], or [1] with drafted_step 0
+  const int64_t* seed;         // the same
+  const int64_t* position;     // the same
+  const double* warpers;       // [B, 2 kWarpers], or [1, ...] with warper_step 0
+  const float* bias;           // [B, V], or [1, V] with bias_step 0, or null
+  const int32_t* parent;       // [B, K], or [1, K] with parent_step 0; null for chains
+  int64_t drafted_step, seed_step, position_step, warper_step, bias_step, parent_step;
   VerifyMethod method;
   Lenience lenience;
   double strength, alpha;

@@ -224,8 +224,8 @@ class RequestBase {
         more_ + (a.parent == nullptr ? 0 : (a.slots + 1) * kVerifyNodeBytes));
     warpers_ = a.warpers + index * a.warper_step;
     seed_ = a.seed[index * a.seed_step];
-    position_ = a.position[index];
-    drafted_ = a.num_drafted[index] < a.slots ? a.num_drafted[index] : a.slots;
+    position_ = a.position[index * a.position_step];
+    drafted_ = std::min(a.num_drafted[index * a.drafted_step], a.slots);
     pointed_ = a.draft.data == nullptr || warpers_[kTemperature] == 0 ||
                warpers_[kWarpers + kTemperature] == 0;
     Clear();

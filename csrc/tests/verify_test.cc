@@ -74,6 +74,7 @@ class Problem {
     if (!pointed) a.draft = {base(draft_), shape_.slots * row, row};
     a.ids = ids_.data();
     a.num_drafted = drafted.data();
+    a.drafted_step = a.position_step = 1;
     a.position = position.data();
     a.seed = seed.data();
     a.warpers = warpers_;

@@ -10,9 +10,10 @@ p and q are the warped distributions (temperature, top-k, top-p, min-p), u count
 docs/ops/verify.md has every formula, the coins bit by bit, and the limits.
 
 Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], draft_ids [B, K], tree [B, K]; fp32,
-bf16 or fp16 (fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are needed and one
-pass over them in cache; nothing of size V is written. One call decides and samples, so that no
-probabilities are ever in memory and the reported numbers are those the decision was made with.
+bf16 or fp16 (fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are
+needed and one pass over them in cache; nothing of size V is written. One call decides and samples,
+so that no probabilities are ever in memory and the reported numbers are those the decision was made
+with.
 """
 
 from __future__ import annotations
@@ -139,40 +140,33 @@ def verify(
         RuntimeError: the logits carry a forward-mode tangent, which would be lost; detach them
             outside the transform.
     """
-    call = _verify_call.prepare(
-        OP.name,
-        target_logits,
-        draft_logits,
-        draft_ids,
-        _verify_call.rule_of(method, tree, lenience, tv_budget, typical),
-        impl,
-        tree=tree,
-        num_drafted=num_drafted,
-        warpers=[
-            ("temperature", temperature),
-            ("top_k", top_k),
-            ("top_p", top_p),
-            ("min_p", min_p),
-            ("draft_temperature", draft_temperature),
-            ("draft_top_k", draft_top_k),
-            ("draft_top_p", draft_top_p),
-            ("draft_min_p", draft_min_p),
-        ],
-        logit_bias=logit_bias,
-        seed=seed,
-        position=position,
-    )
-    dual, compiling = forward_ad._current_level >= 0, torch.compiler.is_compiling()
+    rule = _verify_call.rule_of(method, tree, lenience, tv_budget, typical)
+    warpers = (temperature, top_k, top_p, min_p)
+    drafts = (draft_temperature, draft_top_k, draft_top_p, draft_min_p)
+
+    def prepare(explain: bool) -> _verify_call.Call:
+        return _verify_call.prepare(
+            OP.name, target_logits, draft_logits, draft_ids, rule, impl, explain,
+            tree=tree, num_drafted=num_drafted, warpers=warpers, drafts=drafts,
+            logit_bias=logit_bias, seed=seed, position=position,
+        )  # fmt: skip
+
+    compiling, dual = torch.compiler.is_compiling(), forward_ad._current_level >= 0
     if dual and compiling:
         raise RuntimeError(_NO_TANGENT)
-    wrapped = not compiling and any(
-        x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in call.inputs
-    )
-    if dual or wrapped:
-        found: tuple[Tensor, ...] = _Verify.apply(*call.inputs, call.rule, call.backend)  # type: ignore[no-untyped-call]
-        return VerifyResult(*found)
-    plain = Inputs._make(x if x is None else x.detach() for x in call.inputs)
-    return VerifyResult(*_forward(plain, call.rule, call.backend))
+    if dual or (not compiling and torch._C._functorch.peek_interpreter_stack() is not None):
+        call = prepare(True)
+        return VerifyResult(*_Verify.apply(*call.inputs, rule, call.backend))  # type: ignore[no-untyped-call]
+    call = prepare(False)
+    inputs = call.inputs
+    if any(x is not None and x.requires_grad for x in inputs):
+        inputs = Inputs._make(x if x is None else x.detach() for x in inputs)
+    try:
+        return VerifyResult(*_forward(inputs, rule, call.backend, call.check))
+    except RuntimeError:
+        if call.check:
+            prepare(True)  # names the value
+        raise
 
 
 _NO_TANGENT = (
@@ -181,35 +175,33 @@ _NO_TANGENT = (
 )
 
 
-def _forward(inputs: Inputs, rule: Rule, backend: str) -> Outputs:
+def _forward(inputs: Inputs, rule: Rule, backend: str, check: bool = False) -> Outputs:
     target = inputs.target
     if backend == "reference":
         dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
         found = verify_reference(inputs, rule)
         return Outputs(*(x.to(dtype) if x.is_floating_point() else x for x in found))
     batch, slots = inputs.ids.shape
-    device = target.device
-    tokens = torch.empty((batch, slots + 1), dtype=torch.int64, device=device)
-    rows = torch.empty((batch, slots + 1), dtype=torch.float32, device=device)
-    drafted = torch.empty((batch, slots), dtype=torch.float32, device=device)
+    device, rows, drafted = target.device, (batch, slots + 1), (batch, slots)
+    whole, single = torch.int64, torch.float32
     outputs = Outputs(
-        tokens,
-        tokens.new_empty(batch),
-        rows,
-        drafted,
-        torch.empty_like(drafted),
-        torch.empty_like(rows),
-        torch.empty_like(drafted),
-        torch.empty_like(rows, dtype=torch.int32),
-        tokens.new_empty((batch, slots)),
+        torch.empty(rows, dtype=whole, device=device),
+        torch.empty(batch, dtype=whole, device=device),
+        torch.empty(rows, dtype=single, device=device),
+        torch.empty(drafted, dtype=single, device=device),
+        torch.empty(drafted, dtype=single, device=device),
+        torch.empty(rows, dtype=single, device=device),
+        torch.empty(drafted, dtype=single, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
+        torch.empty(drafted, dtype=whole, device=device),
     )
-    _registry.overload("verify_fwd", backend)(*inputs, *rule, *outputs)
+    _registry.overload("verify_fwd", backend)(*inputs, *rule, check, *outputs)
     return outputs
 
 
 def verify_fwd(*args: Any) -> None:
     """The reference as an `out` kernel, for torch's dispatcher."""
-    inputs, rule, outputs = Inputs(*args[:9]), Rule(*args[9:13]), args[13:]
+    inputs, rule, outputs = Inputs(*args[:9]), Rule(*args[9:13]), args[14:]
     for out, value in zip(outputs, verify_reference(inputs, rule), strict=True):
         out.copy_(value)
 
@@ -218,8 +210,8 @@ _registry.kernel(
     OP,
     "verify_fwd",
     "(Tensor target, Tensor? draft, Tensor ids, Tensor num_drafted, Tensor warpers, Tensor seed,"
-    " Tensor position, Tensor? logit_bias, Tensor? parent, int method, int lenience, float strength,"
-    " float alpha,"
+    " Tensor position, Tensor? logit_bias, Tensor? parent, int method, int lenience,"
+    " float strength, float alpha, bool check,"
     " Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) logprobs, Tensor(d!) overlap,"
     " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags,"
     " Tensor(i!) path) -> ()",
@@ -254,7 +246,7 @@ class _Verify(torch.autograd.Function):
         requests = given.target.shape[1 if in_dims[0] == 0 else 0]
         merged: list[Tensor | None] = []
         for name, x, dim in zip(Inputs._fields, given, in_dims, strict=False):
-            if x is not None and name in ("warpers", "seed", "logit_bias", "parent"):
+            if x is not None and name not in ("target", "draft", "ids"):
                 # A row for all requests of each call: one a request of the batch.
                 x = x[None] if dim is None else x.movedim(dim, 0)
                 x = x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])

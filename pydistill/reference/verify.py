@@ -27,16 +27,16 @@ _WORD = 0xFFFFFFFF
 
 
 class Inputs(NamedTuple):
-    """What every kernel is given. One row of `warpers`, `seed`, `logit_bias` or `parent` serves
-    all. In a tree K is the number of nodes."""
+    """What every kernel is given. One row of anything but logits and ids serves all. In a tree K
+    is the number of nodes."""
 
     target: Tensor  # [B, K + 1, V]
     draft: Tensor | None  # [B, K, V]; None: the drafted tokens are point masses
     ids: Tensor  # int64 [B, K]
-    num_drafted: Tensor  # int64 [B]
+    num_drafted: Tensor  # int64 [B or 1]
     warpers: Tensor  # fp64 [B or 1, 2 * WARPERS]: the target's and the draft's
     seed: Tensor  # int64 [B or 1]
-    position: Tensor  # int64 [B]
+    position: Tensor  # int64 [B or 1]
     logit_bias: Tensor | None  # [B or 1, V]
     parent: Tensor | None  # int32 [B or 1, K] for trees
 
@@ -351,7 +351,7 @@ def without(q: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """The row that each node follows `[B, K]`, 0 where its parent is none, and whether it is one."""
+    """The row that each node follows `[B, K]`, 0 where its parent cannot be, and if it can."""
     assert inputs.parent is not None
     parent = inputs.parent.long().expand_as(inputs.ids)
     sane = (parent >= -1) & (parent < torch.arange(parent.shape[1], device=parent.device))
@@ -397,7 +397,10 @@ def tree_walk(inputs: Inputs, tests: TreeTests, passes: Tensor, rule: Rule) -> W
 
 def _verify_tree(inputs: Inputs, rule: Rule) -> Outputs:
     ids, nodes = inputs.ids, inputs.ids.shape[1]
-    each, slot = torch.arange(len(ids), device=ids.device), torch.arange(nodes + 1, device=ids.device)
+    each, slot = (
+        torch.arange(len(ids), device=ids.device),
+        torch.arange(nodes + 1, device=ids.device),
+    )
     d = distributions(inputs)
     t = tree_tests(inputs, d, rule)
     coin = coins(inputs.seed[:, None], inputs.position[:, None], t.slot, ACCEPT)

@@ -2,8 +2,8 @@
 drafted and verified block after block, or tree after tree, by one rule for coins.
 
 Target and draft are chains over three tokens, so four tokens have 81 outcomes. The tests together
-have a false-alarm rate of 1e-4 (Bonferroni); N = 200,000 sequences, fewer of trees on the reference,
-whose law is enumerated elsewhere.
+have a false-alarm rate of 1e-4 (Bonferroni); N = 200,000 sequences, fewer of trees on the
+reference, whose law is enumerated elsewhere.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""`verify` on trees: what is peculiar to them. Their cases are in the table of test_verify.py, their
-law in test_verify_tree_law.py and test_verify_sampling.py."""
+"""`verify` on trees: what is peculiar to them. Their cases are in the table of test_verify.py,
+their law in test_verify_tree_law.py and test_verify_sampling.py."""
 
 import math
 from typing import Any
@@ -121,7 +121,7 @@ def test_a_token_twice_among_siblings(method: str, impl: str) -> None:
     """The second is passed over."""
     n, vocab = 400, 6
     target, q = torch.zeros(n, 4, vocab), torch.zeros(n, 3, vocab)
-    q[..., 2] = 1.5
+    q[..., 2], target[..., 4] = 1.5, -0.3
     draft = None if method == "tree_target_only" else q
     ids = torch.tensor([[2, 2, 4]]).expand(n, 3)
     call: dict[str, Any] = {"method": method, "seed": 0, "position": torch.arange(n), "impl": impl}
@@ -232,10 +232,10 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tree": ({"tree": None}, ValueError, "method='tree' needs a tree"),
     "a list": ({"tree": [-1, 0, 1]}, TypeError, r"tree is list; pass int32 parents \[N\] or"),
     "floats": ({"tree": torch.zeros(3)}, TypeError, "tree is torch.float32"),
-    "shape": ({"tree": torch.zeros(4).int()}, ValueError, r"tree has shape \(4,\); pass \(3,\), or"),
+    "shape": ({"tree": torch.zeros(4).int()}, ValueError, r"tree has shape \(4,\); pass \(3,\)"),
     "own parent": (
         {"tree": torch.tensor([-1, 1, 0])}, ValueError,
-        "tree gives node 1 the parent 1; a parent has to come before its children: use -1 to 0",
+        "tree gives node 1 the parent 1; a parent comes before its children: use -1 to 0,",
     ),
     "below the root": ({"tree": torch.tensor([-2, 0, 0])}, ValueError, "node 0 the parent -2"),
     "of a request": (

@@ -138,9 +138,7 @@ def _rejection(change: Callable[..., Any]) -> Patch:
     right = reference.after_rejection
 
     def apply(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(
-            reference, "after_rejection", lambda p, q, ratio: change(right, p, q, ratio)
-        )
+        patch.setattr(reference, "after_rejection", lambda p, q, ratio: change(right, p, q, ratio))
 
     return apply
 

@@ -3,7 +3,8 @@ with each coin integrated out through the odds and the weights that the referenc
 
 A `World` is a target and a draft: for every prefix of drafted tokens a row of logits of each. Its
 law is a table over the first K + 1 tokens that are committed (in a tree, one more than it is deep),
-the ones after the block drawn from the target. Warpers are written out once more here, token by token in Python's floats.
+the ones after the block drawn from the target. Warpers are written out once more here, token by
+token in Python's floats.
 """
 
 import itertools
@@ -275,7 +276,8 @@ def _inputs(
         "verify", target, draft, ids, rule, "reference",
         tree=None if world.tree is None else torch.tensor(world.tree, dtype=torch.int32),
         num_drafted=world.drafted,
-        warpers=[(p + n, options.get(p + n)) for p in ("", "draft_") for n in WARPERS],
+        warpers=tuple(options.get(n) for n in WARPERS),
+        drafts=tuple(options.get("draft_" + n) for n in WARPERS),
         logit_bias=options.get("logit_bias"), seed=0, position=0,
     )  # fmt: skip
     return call.inputs

@@ -82,8 +82,9 @@ _SHAPES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {  # trees o
     "chain": lambda b, n, g: torch.arange(-1, n - 1),
     "siblings": lambda b, n, g: torch.full((n,), -1),
     "levels": lambda b, n, g: torch.arange(n) // 3 - 1,
-    "random": lambda b, n, g: (torch.rand(b, n, generator=g) ** 2 * (torch.arange(n) + 1)).long()
-    - 1,
+    "random": lambda b, n, g: (
+        (torch.rand(b, n, generator=g) ** 0.6 * (torch.arange(n) + 1)).long() - 1
+    ),
 }
 
 
