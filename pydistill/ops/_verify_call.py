@@ -60,7 +60,7 @@ def prepare(
                 "draft_logits is given, and method='tree_target_only' asks the target alone; pass"
                 " draft_logits=None, or method='tree' or 'traversal'."
             )
-    backend = _registry.resolve(op, impl, device.type, target.dtype)
+    backend = backend_of(op, impl, device.type, target.dtype)
     check = not explain and backend == "cpu" and _rows.values_readable(target)
     known = not check and device.type == "cpu"  # values are read, where that is free
     ids = check_ids(ids, (batch, slots), vocab, device, known)
@@ -83,6 +83,19 @@ def prepare(
         None if tree is None else parents(tree, ids, counts, known),
     )
     return Call(inputs, rule, backend, check)
+
+
+_native: dict[Any, str] = {}  # calls that a native kernel serves: once loaded, it stays
+
+
+def backend_of(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
+    key = (impl, device, dtype, _registry.has_kernel)
+    found = _native.get(key)
+    if found is None:
+        found = _registry.resolve(op, impl, device, dtype)
+        if found == "cpu" and not torch.compiler.is_compiling():
+            _native[key] = found
+    return found
 
 
 def unit_stride(logits: Tensor) -> Tensor:
