@@ -209,10 +209,12 @@ _kept: dict[Any, Tensor] = {}
 
 
 def kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
+    if torch._C._len_torch_dispatch_stack():  # under a tracer, tensors are its own
+        return make()
     found = _kept.get(key)
     if found is None:
         found = make()
-        if type(found) is not Tensor:  # of a tracer, or of a transform
+        if torch._C._functorch.is_functorch_wrapped_tensor(found):
             return found
         if len(_kept) >= 256:
             _kept.clear()

@@ -357,3 +357,20 @@ def test_opcheck() -> None:
     )
     op = _registry.overload("verify_fwd", "cpu")
     torch.library.opcheck(op, tuple(kernel_arguments().values()), test_utils=tests)
+
+
+def test_kept_numbers_outlive_the_modes_they_were_made_in(impl: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call: dict[str, Any] = {"seed": 12345, "position": 7, "temperature": 0.77, "impl": impl}
+    with torch.inference_mode():
+        first = verify(T, D, IDS, **call)
+    want = verify(T, D, IDS, **call)
+    assert same(first, want)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (T, D, IDS)]
+        assert verify(*fake, **call).tokens.shape == (2, 4)
+    assert same(verify(T, D, IDS, **call), want)
+    with torch.inference_mode():
+        torch.func.grad(lambda t: verify(t, D, IDS, **{**call, "seed": 54321}).logprobs.sum())
+    assert verify(T.clone().requires_grad_(), D, IDS, **call).tokens.equal(want.tokens)
