@@ -131,7 +131,7 @@ struct AmxTile {
   static bool InPlace(const Lines& x, int64_t line, int64_t k, int64_t steps) {
     const bool whole = line <= x.lines && 2 * (k + steps) <= x.depth;
     const bool fit = 2 * steps == x.line_stride || x.line_stride % 1024 != 0;
-    return kKeepsA && x.dtype == DType::kBf16 && x.depth_stride == 1 && whole && fit;
+    return kKeepsA && x.dtype == DType::kBf16 && whole && fit;  // lines lie along memory
   }
   static LeftPanel LeftInPlace(const Lines& x, int64_t line, int64_t step) {
     return {static_cast<const char*>(x.data) + 2 * (line * x.line_stride + 2 * step),

@@ -8,9 +8,17 @@
 namespace pd {
 
 // Numbers shared with every backend and with pydistill/reference/verify.py.
-enum VerifyMethod { kVerifyToken, kVerifyBlock, kVerifyTypical, kVerifyMethods };
+enum VerifyMethod {
+  kVerifyToken,
+  kVerifyBlock,
+  kVerifyTypical,
+  kVerifyTargetOnly,  // from here on trees
+  kVerifyTree,
+  kVerifyTraversal,
+  kVerifyMethods
+};
 enum Lenience { kStrict, kLinear, kSquare, kExponential, kEnsemble, kTvBudget, kLeniences };
-enum VerifyFlag { kBadId = 1, kBadTarget = 2, kBadDraft = 4, kImpossible = 8 };
+enum VerifyFlag { kBadId = 1, kBadTarget = 2, kBadDraft = 4, kImpossible = 8, kBadParent = 16 };
 enum VerifyStream { kAcceptStream = 0, kResampleStream = 1 };
 enum Warper { kTemperature, kTopK, kTopP, kLogMinP, kWarpers };
 
@@ -22,13 +30,16 @@ struct VerifyRows {
 
 struct VerifyArgs {
   DType dtype;
-  int64_t slots, vocab;      // K and V
-  VerifyRows target, draft;  // [B, K + 1, V] and [B, K, V]
-  const int64_t *ids, *num_drafted, *position;
-  const int64_t* seed;    // [B], or [1] with seed_step 0
-  const double* warpers;  // [B, 2 kWarpers], or [1, ...] with warper_step 0
-  const float* bias;      // [B, V], or [1, V] with bias_step 0, or null
-  int64_t seed_step, warper_step, bias_step;
+  int64_t slots, vocab;        // K, in a tree the number of nodes, and V
+  VerifyRows target, draft;    // [B, K + 1, V] and [B, K, V]
+  const int64_t* ids;          // [B, K]
+  const int64_t* num_drafted;  // [B], or [1] with drafted_step 0
+  const int64_t* seed;         // the same
+  const int64_t* position;     // the same
+  const double* warpers;       // [B, 2 kWarpers], or [1, ...] with warper_step 0
+  const float* bias;           // [B, V], or [1, V] with bias_step 0, or null
+  const int32_t* parent;       // [B, K], or [1, K] with parent_step 0; null for chains
+  int64_t drafted_step, seed_step, position_step, warper_step, bias_step, parent_step;
   VerifyMethod method;
   Lenience lenience;
   double strength, alpha;
@@ -37,6 +48,7 @@ struct VerifyArgs {
   float *logprobs, *target_lse;     // [B, K + 1]
   float *overlap, *tv, *draft_lse;  // [B, K]
   int32_t* flags;                   // [B, K + 1]
+  int64_t* path;                    // [B, K]
 };
 
 // Spreads the blocks of a row over threads: calls body(state, begin, end) until [0, blocks) is
@@ -54,6 +66,7 @@ inline constexpr int64_t kVerifyPivots = 7;         // of one pass that looks fo
 inline constexpr int64_t kVerifyCandidates = 1024;  // logits that are sorted to find it
 inline constexpr int64_t kVerifySlotBytes = 256;    // what else is kept of a slot
 inline constexpr int64_t kVerifyBlockNumbers = 3;   // a block and slot: two masses, one residual
+inline constexpr int64_t kVerifyNodeBytes = 80;     // of a node or row of a tree, beside its slot
 
 inline int64_t verify_blocks(const VerifyArgs& a) {
   return (a.vocab + kVerifyColumns - 1) / kVerifyColumns;
@@ -62,7 +75,8 @@ inline int64_t verify_blocks(const VerifyArgs& a) {
 inline int64_t verify_scratch_bytes(const VerifyArgs& a) {
   const int64_t a_slot = kVerifyBlockNumbers * verify_blocks(a) * 8;
   const int64_t passes = 2 * kVerifyPivots * verify_blocks(a) * 8;
-  return (a.slots + 1) * (a_slot + kVerifySlotBytes) + passes +
+  const int64_t a_node = a.parent == nullptr ? 0 : kVerifyNodeBytes;
+  return (a.slots + 1) * (a_slot + kVerifySlotBytes + a_node) + passes +
          4 * (kVerifyCandidates + kVerifyColumns);
 }
 

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <optional>
 
 #include "common/check.h"
@@ -32,15 +33,46 @@ const double* warpers_of(const Tensor& x, int64_t batch) {
   return static_cast<const double*>(x.data_ptr());
 }
 
+// A number for all requests, or one a request; `step` from one to the next.
+const int64_t* each(const char* name, const Tensor& x, int64_t batch, int64_t& step) {
+  step = x.numel() == 1 && batch != 1 ? 0 : 1;
+  return vector<int64_t>(name, x, step == 0 ? 1 : batch);
+}
+
+// Values that pydistill/ops/_verify_call.py explains when this throws.
+void check_values(const VerifyArgs& a, int64_t batch) {
+  bool good = true;
+  const auto inside = [](double x, double low, double high) { return x >= low && x <= high; };
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t drafted = a.num_drafted[b * a.drafted_step];
+    good = good && drafted >= 0 && drafted <= a.slots && a.position[b * a.position_step] >= 0;
+    const int64_t* ids = a.ids + b * a.slots;
+    const int32_t* parent = a.parent == nullptr ? nullptr : a.parent + b * a.parent_step;
+    for (int64_t i = 0; i < a.slots; ++i) {
+      good = good && ids[i] >= -1 && ids[i] < a.vocab;
+      if (parent == nullptr || ids[i] == -1 || i >= drafted) continue;
+      good = good && parent[i] >= -1 && parent[i] < i;
+    }
+    const double* w = a.warpers + b * a.warper_step;
+    for (int side = 0; side < 2; ++side, w += kWarpers) {
+      good = good && (w[kTemperature] == 0 || inside(w[kTemperature], 1e-30, 1e30)) &&
+             inside(w[kTopK], 0, 0x1p53) && w[kTopK] == std::floor(w[kTopK]) &&
+             inside(w[kTopP], 1e-30, 1) && w[kLogMinP] <= 0;
+    }
+  }
+  STD_TORCH_CHECK(good, "a value of draft_ids, num_drafted, position, tree or a warper is wrong");
+}
+
 void spread(int64_t blocks, void (*body)(void*, int64_t, int64_t), void* state) {
   torch::stable::parallel_for(0, blocks, 16,
                               [&](int64_t begin, int64_t end) { body(state, begin, end); });
 }
 
 void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted, Tensor warpers,
-                Tensor seed, Tensor position, MaybeTensor bias, int64_t method, int64_t lenience,
-                double strength, double alpha, Tensor tokens, Tensor num_accepted, Tensor logprobs,
-                Tensor overlap, Tensor tv, Tensor target_lse, Tensor draft_lse, Tensor flags) {
+                Tensor seed, Tensor position, MaybeTensor bias, MaybeTensor parent, int64_t method,
+                int64_t lenience, double strength, double alpha, bool check, Tensor tokens,
+                Tensor num_accepted, Tensor logprobs, Tensor overlap, Tensor tv, Tensor target_lse,
+                Tensor draft_lse, Tensor flags, Tensor path) {
   VerifyArgs a{};
   STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1 && target.size(2) >= 1,
                   "target must be [B, K + 1, V]");
@@ -54,11 +86,9 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
     a.draft = rows_of("draft", *draft, batch, a.slots, a.vocab);
   }
   a.ids = vector<int64_t>("ids", ids, batch * a.slots);
-  a.num_drafted = vector<int64_t>("num_drafted", num_drafted, batch);
-  a.position = vector<int64_t>("position", position, batch);
-  const bool one_seed = seed.numel() == 1 && batch != 1;
-  a.seed = vector<int64_t>("seed", seed, one_seed ? 1 : batch);
-  a.seed_step = one_seed ? 0 : 1;
+  a.num_drafted = each("num_drafted", num_drafted, batch, a.drafted_step);
+  a.position = each("position", position, batch, a.position_step);
+  a.seed = each("seed", seed, batch, a.seed_step);
   a.warpers = warpers_of(warpers, batch);
   a.warper_step = warpers.size(0) == 1 ? 0 : 2 * kWarpers;
   if (bias.has_value()) {
@@ -66,8 +96,15 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
     a.bias = vector<float>("logit_bias", *bias, one ? a.vocab : batch * a.vocab);
     a.bias_step = one ? 0 : a.vocab;
   }
+  if (parent.has_value()) {
+    const bool one = parent->numel() == a.slots && batch != 1;
+    a.parent = vector<int32_t>("parent", *parent, one ? a.slots : batch * a.slots);
+    a.parent_step = one ? 0 : a.slots;
+  }
   STD_TORCH_CHECK(method >= 0 && method < kVerifyMethods, "method is ", method);
   STD_TORCH_CHECK(lenience >= 0 && lenience < kLeniences, "lenience is ", lenience);
+  STD_TORCH_CHECK((method >= kVerifyTargetOnly) == parent.has_value(),
+                  "parent must be given for trees, and only there");
   a.method = static_cast<VerifyMethod>(method);
   a.lenience = static_cast<Lenience>(lenience);
   a.strength = strength;
@@ -80,6 +117,8 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
   a.target_lse = vector<float>("target_lse", target_lse, batch * rows);
   a.draft_lse = vector<float>("draft_lse", draft_lse, batch * a.slots);
   a.flags = vector<int32_t>("flags", flags, batch * rows);
+  a.path = vector<int64_t>("path", path, batch * a.slots);
+  if (check) check_values(a, batch);
   const VerifyRequests kernel = verify_requests_table[static_cast<int>(active_capability())];
   const int64_t bytes = verify_scratch_bytes(a);
   if (batch < 2 * static_cast<int64_t>(torch::stable::get_num_threads())) {

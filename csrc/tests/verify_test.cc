@@ -33,11 +33,17 @@ class Problem {
         one_hot_(one_hot),
         target_(Count(shape.slots + 1) * size_of(dtype)),
         draft_(Count(shape.slots) * size_of(dtype)),
-        ids_(static_cast<size_t>(shape.batch * shape.slots)) {
+        ids_(static_cast<size_t>(shape.batch * shape.slots)),
+        parent_(ids_.size()) {
     std::mt19937 random(static_cast<unsigned>(shape.vocab + shape.slots));
     Fill(target_, random);
     Fill(draft_, random);
     for (size_t i = 0; i < ids_.size(); ++i) ids_[i] = random() % unsigned(shape.vocab);
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      const size_t node = i % static_cast<size_t>(shape.slots);
+      parent_[i] = static_cast<int32_t>(random() % (node + 1)) - 1;
+      if (random() % 16 == 0) parent_[i] = int32_t(random() % 9) - 4;  // none, perhaps
+    }
     const double numbers[] = {warpers.temperature, warpers.top_k, warpers.top_p,
                               std::log(warpers.min_p)};
     for (size_t i = 0; i < 2 * kWarpers; ++i) warpers_[i] = numbers[i % kWarpers];
@@ -46,7 +52,8 @@ class Problem {
   void Check(int capability, const char* name, VerifyMethod method, Lenience lenience) const {
     const auto batch = static_cast<size_t>(shape_.batch), slots = static_cast<size_t>(shape_.slots);
     const size_t rows = batch * (slots + 1);
-    Exact<int64_t> tokens(rows, -7), accepted(batch, -7), drafted(batch), position(batch), seed(1);
+    Exact<int64_t> tokens(rows, -7), accepted(batch, -7), path(batch * slots, -7), drafted(batch),
+        position(batch), seed(1);
     Exact<float> logprobs(rows), target_lse(rows), overlap(batch * slots), tv(batch * slots),
         draft_lse(batch * slots);
     Exact<int32_t> flags(rows, -7);
@@ -60,9 +67,14 @@ class Problem {
     a.slots = shape_.slots;
     a.vocab = shape_.vocab;
     a.target = {base(target_), (shape_.slots + 1) * row, row};
-    if (!one_hot_) a.draft = {base(draft_), shape_.slots * row, row};
+    const bool tree = method >= kVerifyTargetOnly,
+               pointed = one_hot_ || method == kVerifyTargetOnly;
+    if (tree) a.parent = parent_.data();
+    a.parent_step = shape_.slots;
+    if (!pointed) a.draft = {base(draft_), shape_.slots * row, row};
     a.ids = ids_.data();
     a.num_drafted = drafted.data();
+    a.drafted_step = a.position_step = 1;
     a.position = position.data();
     a.seed = seed.data();
     a.warpers = warpers_;
@@ -78,21 +90,32 @@ class Problem {
     a.tv = tv.data();
     a.draft_lse = draft_lse.data();
     a.flags = flags.data();
+    a.path = path.data();
     Exact<double> scratch(static_cast<size_t>(verify_scratch_bytes(a) + 7) / sizeof(double));
     verify_requests_table[capability](a, 0, shape_.batch, nullptr,
                                       reinterpret_cast<float*>(scratch.data()));
     for (size_t b = 0; b < batch; ++b) {
       const int64_t n = accepted[b];
       EXPECT(n >= 0 && n <= drafted[b], "%s accepted %d of %d", name, int(n), int(drafted[b]));
+      int64_t row = 0;  // of the target, for the token at offset i
       for (size_t i = 0; i <= slots; ++i) {
         const int64_t token = tokens[b * (slots + 1) + i];
         const auto at = static_cast<int64_t>(i);
         const bool one = at <= n;
         EXPECT(one ? token >= 0 && token < shape_.vocab : token == -1, "%s token %d", name,
                int(token));
-        if (at < n) EXPECT(token == ids_[b * slots + i], "%s changed a drafted token", name);
-        if (one) CheckToken(b * (slots + 1) + i, token, logprobs, target_lse, name);
-        if (i < slots && !std::isnan(overlap[b * slots + i])) {
+        const size_t place = b * (slots + 1) + static_cast<size_t>(row);
+        if (one) CheckToken(place, token, logprobs[b * (slots + 1) + i], target_lse[place], name);
+        if (i == slots) break;
+        const int64_t node = path[b * slots + i];
+        EXPECT(at < n ? node >= 0 && node < drafted[b] : node == -1, "%s node %d", name, int(node));
+        if (at < n) {
+          const size_t index = b * slots + static_cast<size_t>(node);
+          EXPECT(token == ids_[index], "%s changed a drafted token", name);
+          EXPECT((tree ? parent_[index] : node - 1) == row - 1, "%s left the path", name);
+          row = node + 1;
+        }
+        if (!std::isnan(overlap[b * slots + i]) && !(tree && pointed)) {
           CheckOverlap(b, i, overlap[b * slots + i], name);
         }
       }
@@ -138,15 +161,13 @@ class Problem {
     return p;
   }
 
-  void CheckToken(size_t row, int64_t token, const Exact<float>& logprobs,
-                  const Exact<float>& target_lse, const char* name) const {
+  void CheckToken(size_t row, int64_t token, float got, float target_lse, const char* name) const {
     if (warpers_[kTemperature] == 0) {
-      EXPECT(std::isnan(target_lse[row]), "%s normaliser %g", name, target_lse[row]);
+      EXPECT(std::isnan(target_lse), "%s normaliser %g", name, target_lse);
       return;
     }
     const double want = std::log(Warped(target_, row)[static_cast<size_t>(token)]);
-    const double got = logprobs[row];
-    EXPECT(got == want || std::fabs(got - want) <= 1e-5 * (1 + std::fabs(want)),
+    EXPECT(double(got) == want || std::fabs(got - want) <= 1e-5 * (1 + std::fabs(want)),
            "%s log-probability %.9g, in fp64 %.9g", name, got, want);
   }
 
@@ -169,11 +190,13 @@ class Problem {
   bool one_hot_;
   Bytes target_, draft_;
   Exact<int64_t> ids_;
+  Exact<int32_t> parent_;
   double warpers_[2 * kWarpers];
 };
 
 int Main() {
-  const Shape shapes[] = {{1, 0, 3}, {3, 1, 1}, {4, 2, 17}, {3, 2, 67}, {3, 3, 1024}, {2, 1, 2113}};
+  const Shape shapes[] = {{1, 0, 3},    {3, 1, 1}, {4, 2, 17}, {3, 2, 67},  {3, 3, 1024},
+                          {2, 1, 2113}, {8, 7, 5}, {5, 9, 40}, {3, 6, 1100}};
   const Warpers warpers[] = {
       {1, 0, 1, 0}, {0.7, 5, 1, 0}, {1.5, 0, 0.8, 0}, {1.2, 40, 0.9, 0.05}, {0, 0, 1, 0}};
   for (const Shape& shape : shapes) {
@@ -185,6 +208,9 @@ int Main() {
             const char* name = capability_name(static_cast<Capability>(i));
             problem.Check(i, name, kVerifyBlock, kStrict);
             problem.Check(i, name, kVerifyTypical, kStrict);
+            for (const auto method : {kVerifyTargetOnly, kVerifyTree, kVerifyTraversal}) {
+              problem.Check(i, name, method, kStrict);
+            }
             for (int form = kStrict; form < kLeniences; ++form) {
               problem.Check(i, name, kVerifyToken, static_cast<Lenience>(form));
             }

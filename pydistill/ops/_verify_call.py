@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,18 +11,18 @@ from torch import Tensor
 
 from pydistill import _registry
 from pydistill.ops import _rows
-from pydistill.reference.verify import LENIENCES, METHODS, WARPERS, Inputs, Rule
+from pydistill.reference.verify import LENIENCES, METHODS, TREES, WARPERS, Inputs, Rule
 
-_LATER = ("tree_target_only", "tree", "traversal")
 _FORMS = LENIENCES[1:5]
 
 
 class Call(NamedTuple):
-    """A checked call."""
+    """A checked call. `check`: its values were left to the kernel, which looks at them anyway."""
 
     inputs: Inputs
     rule: Rule
     backend: str
+    check: bool
 
 
 def prepare(
@@ -31,46 +32,70 @@ def prepare(
     ids: Tensor,
     rule: Rule,
     impl: str,
+    explain: bool = True,
     *,
+    tree: Tensor | None,
     num_drafted: int | Tensor | None,
-    warpers: list[tuple[str, Any]],
+    warpers: tuple[Any, ...],
+    drafts: tuple[Any, ...],
     logit_bias: Tensor | None,
     seed: int | Tensor,
     position: int | Tensor,
 ) -> Call:
+    """Raises for what cannot be right. Values of tensors are read here if `explain`, or where the
+    kernel does not say that one is wrong."""
     _rows.check_logits("target_logits", target)
-    if target.ndim != 3 or target.shape[1] == 0:
+    shape, device = target.shape, target.device
+    if len(shape) != 3 or shape[1] == 0:
         raise ValueError(
-            f"target_logits has shape {tuple(target.shape)}; pass [B, K + 1, V], a row for each"
+            f"target_logits has shape {tuple(shape)}; pass [B, K + 1, V], a row for each"
             " drafted token and one more."
         )
-    batch, slots, vocab, device = (
-        target.shape[0],
-        target.shape[1] - 1,
-        target.shape[2],
-        target.device,
-    )
-    check_draft(draft, target)
-    backend = _registry.resolve(op, impl, device.type, target.dtype)
-    ids = check_ids(ids, (batch, slots), vocab, device)
+    batch, rows, vocab = shape
+    slots = rows - 1
+    if draft is not None:
+        check_draft(draft, target)
+        if METHODS[rule.method] == "tree_target_only":
+            raise ValueError(
+                "draft_logits is given, and method='tree_target_only' asks the target alone; pass"
+                " draft_logits=None, or method='tree' or 'traversal'."
+            )
+    backend = backend_of(op, impl, device.type, target.dtype)
+    check = not explain and backend == "cpu" and _rows.values_readable(target)
+    known = not check and device.type == "cpu"  # values are read, where that is free
+    ids = check_ids(ids, (batch, slots), vocab, device, known)
     counts = per_request(
         "num_drafted", slots if num_drafted is None else num_drafted, batch, device
     )
-    counts = counts.expand(batch).contiguous()
-    check_integers("num_drafted", counts, 0, slots, "drafted tokens")
-    positions = per_request("position", position, batch, device).expand(batch).contiguous()
-    check_integers("position", positions, 0, None, "committed tokens")
+    positions = per_request("position", position, batch, device)
+    if known:
+        check_integers("num_drafted", counts, 0, slots, "drafted tokens")
+        check_integers("position", positions, 0, None, "committed tokens")
     inputs = Inputs(
         unit_stride(target),
         None if draft is None else unit_stride(draft),
         ids,
         counts,
-        warper_rows(warpers, batch, device),
-        per_request("seed", seed, batch, device).contiguous(),
+        warper_rows(warpers, drafts, batch, device, known),
+        per_request("seed", seed, batch, device),
         positions,
-        bias_rows(logit_bias, target),
+        None if logit_bias is None else bias_rows(logit_bias, target),
+        None if tree is None else parents(tree, ids, counts, known),
     )
-    return Call(inputs, rule, backend)
+    return Call(inputs, rule, backend, check)
+
+
+_native: dict[Any, str] = {}  # calls that a native kernel serves: once loaded, it stays
+
+
+def backend_of(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
+    key = (impl, device, dtype, _registry.has_kernel)
+    found = _native.get(key)
+    if found is None:
+        found = _registry.resolve(op, impl, device, dtype)
+        if found == "cpu" and not torch.compiler.is_compiling():
+            _native[key] = found
+    return found
 
 
 def unit_stride(logits: Tensor) -> Tensor:
@@ -78,8 +103,6 @@ def unit_stride(logits: Tensor) -> Tensor:
 
 
 def check_draft(draft: Any, target: Tensor) -> None:
-    if draft is None:
-        return
     if isinstance(draft, tuple):
         raise TypeError(
             "draft_logits is a tuple: drafts known on K tokens a row are not built yet; pass dense"
@@ -104,7 +127,9 @@ def check_draft(draft: Any, target: Tensor) -> None:
         )
 
 
-def check_ids(ids: Any, shape: tuple[int, int], vocab: int, device: torch.device) -> Tensor:
+def check_ids(
+    ids: Any, shape: tuple[int, int], vocab: int, device: torch.device, known: bool
+) -> Tensor:
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"draft_ids is {got}; pass int64 or int32 token ids [B, K].")
@@ -114,8 +139,8 @@ def check_ids(ids: Any, shape: tuple[int, int], vocab: int, device: torch.device
             f"draft_ids has shape {tuple(ids.shape)}, and target_logits asks for {shape}; pass one"
             " token a slot, -1 where none was drafted."
         )
-    rows: Tensor = ids.long().contiguous()
-    if _rows.values_readable(rows):
+    rows = contiguous(ids)
+    if known and _rows.values_readable(rows):
         wrong = (rows < -1) | (rows >= vocab)
         if bool(wrong.any()):
             raise ValueError(
@@ -125,6 +150,39 @@ def check_ids(ids: Any, shape: tuple[int, int], vocab: int, device: torch.device
     return rows
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """int64, in order."""
+    if x.dtype != torch.int64:
+        x = x.long()
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def parents(tree: Tensor, ids: Tensor, counts: Tensor, known: bool) -> Tensor:
+    """int32 `[1, N]` or `[B, N]`."""
+    if not isinstance(tree, Tensor) or tree.dtype not in (torch.int64, torch.int32):
+        got = tree.dtype if isinstance(tree, Tensor) else type(tree).__name__
+        raise TypeError(f"tree is {got}; pass int32 parents [N] or [B, N].")
+    _rows.check_device("tree", tree, ids.device)
+    batch, nodes = ids.shape
+    if tuple(tree.shape) not in ((nodes,), (batch, nodes)):
+        raise ValueError(
+            f"tree has shape {tuple(tree.shape)}; pass {(nodes,)}, or {(batch, nodes)} for one a"
+            " request: a parent for each of draft_ids."
+        )
+    rows = tree if tree.ndim == 2 else tree[None]
+    if known and nodes and all(_rows.values_readable(x) for x in (rows, ids, counts)):
+        node = torch.arange(nodes)
+        wrong = ((rows < -1) | (rows >= node)) & (ids != -1) & (node < counts[:, None])
+        if bool(wrong.any()):
+            request, i = (int(x) for x in wrong.nonzero()[0])
+            own = "-1" if i == 0 else f"-1 to {i - 1}"
+            raise ValueError(
+                f"tree gives node {i} the parent {int(rows.expand_as(ids)[request, i])}; a parent"
+                f" comes before its children: use {own}, -1 being the committed tokens."
+            )
+    return rows.int().contiguous()
+
+
 def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
     """An integer, or one a request, as int64 `[1]` or `[B]`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Tensor)):
@@ -132,7 +190,9 @@ def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tens
     if not isinstance(value, Tensor):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{name}={value} does not fit in an int64; choose a smaller one.")
-        return torch.full((1,), int(value), dtype=torch.int64, device=device)
+        if name == "position" or not isinstance(value, int) or torch.compiler.is_compiling():
+            return torch.full((1,), int(value), dtype=torch.int64, device=device)
+        return kept_integer(value, device)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} has dtype {value.dtype}; pass an int64 tensor [B].")
     _rows.check_device(name, value, device)
@@ -141,8 +201,29 @@ def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tens
             f"{name} has shape {tuple(value.shape)}; pass an int, or one a request, shape"
             f" {(batch,)}."
         )
-    rows: Tensor = value.reshape(-1).long()
-    return rows
+    return contiguous(value if value.ndim else value[None])
+
+
+# Numbers that calls repeat are kept as tensors; nothing writes to these.
+_kept: dict[Any, Tensor] = {}
+
+
+def kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
+    if torch._C._len_torch_dispatch_stack():  # under a tracer, tensors are its own
+        return make()
+    found = _kept.get(key)
+    if found is None:
+        found = make()
+        if torch._C._functorch.is_functorch_wrapped_tensor(found):
+            return found
+        if len(_kept) >= 256:
+            _kept.clear()
+        _kept[key] = found
+    return found
+
+
+def kept_integer(value: int, device: torch.device) -> Tensor:
+    return kept((value, device), lambda: torch.full((1,), value, dtype=torch.int64, device=device))
 
 
 def check_integers(name: str, value: Tensor, low: int, high: int | None, what: str) -> None:
@@ -154,31 +235,53 @@ def check_integers(name: str, value: Tensor, low: int, high: int | None, what: s
         raise ValueError(f"{name}={int(value[wrong][0])} is no number of {what}; use {bounds}.")
 
 
-# The bounds of a warper, inclusive, and the value that is none of it.
+# The bounds of a warper, inclusive.
 _BOUNDS = {
-    "temperature": (1e-30, 1e30, 1.0),
-    "top_k": (0.0, 2.0**53, 0.0),
-    "top_p": (1e-30, 1.0, 1.0),
-    "min_p": (0.0, 1.0, 0.0),
+    "temperature": (1e-30, 1e30),
+    "top_k": (0.0, 2.0**53),
+    "top_p": (1e-30, 1.0),
+    "min_p": (0.0, 1.0),
 }
 
 
-def warper_rows(warpers: list[tuple[str, Any]], batch: int, device: torch.device) -> Tensor:
+_NAMES = tuple(_BOUNDS)
+_OFF = (1.0, 0.0, 1.0, -math.inf)  # min_p as its logarithm
+
+
+def warper_rows(
+    warpers: tuple[Any, ...], drafts: tuple[Any, ...], batch: int, device: torch.device, known: bool
+) -> Tensor:
     """fp64 `[1, 2 * WARPERS]`, or `[B, 2 * WARPERS]` if one of them is one a request."""
-    given = [warper(name, value, batch, device) for name, value in warpers]
-    neutral = [_BOUNDS[name][2] for name, _ in warpers[:WARPERS]]
-    ours = [n if v is None else v for v, n in zip(given[:WARPERS], neutral, strict=True)]
-    drafts = [o if v is None else v for v, o in zip(given[WARPERS:], ours, strict=True)]
-    values = [
-        logarithm(v) if i % WARPERS == WARPERS - 1 else v for i, v in enumerate(ours + drafts)
-    ]
-    if not any(isinstance(v, Tensor) for v in values):
-        return torch.tensor([values], dtype=torch.float64, device=device)
-    columns = [
-        v if isinstance(v, Tensor) else torch.full((batch,), v, dtype=torch.float64, device=device)
-        for v in values
-    ]
-    return torch.stack(columns, 1)
+    numbers: list[float] = []
+    columns: list[tuple[int, Tensor]] = []
+    ours: list[Any] = []
+    for side, given in enumerate((warpers, drafts)):
+        for i, name in enumerate(_NAMES):
+            value = given[i]
+            if value is not None:
+                value = warper("draft_" + name if side else name, value, batch, device, known)
+                if name == "min_p":
+                    value = logarithm(value)
+            elif side:
+                value = ours[i]
+            else:
+                value = _OFF[i]
+            ours.append(value)
+            if isinstance(value, Tensor):
+                columns.append((len(numbers), value))
+                value = _OFF[i]
+            numbers.append(value)
+    row = torch.tensor([numbers], dtype=torch.float64, device=device) if (
+        torch.compiler.is_compiling()
+    ) else kept(
+        (*numbers, device), lambda: torch.tensor([numbers], dtype=torch.float64, device=device)
+    )  # fmt: skip
+    if not columns:
+        return row
+    parts = dict(columns)
+    return torch.stack(
+        [parts[i] if i in parts else row[0, i].expand(batch) for i in range(2 * WARPERS)], 1
+    )
 
 
 def logarithm(x: float | Tensor) -> float | Tensor:
@@ -187,12 +290,10 @@ def logarithm(x: float | Tensor) -> float | Tensor:
     return math.log(x) if x > 0 else -math.inf
 
 
-def warper(name: str, value: Any, batch: int, device: torch.device) -> float | Tensor | None:
-    """A number, or fp64 `[B]`, within its bounds; None stays None."""
-    if value is None:
-        return None
+def warper(name: str, value: Any, batch: int, device: torch.device, known: bool) -> float | Tensor:
+    """A number, or fp64 `[B]`, within its bounds."""
     kind = name.removeprefix("draft_")
-    low, high, _ = _BOUNDS[kind]
+    low, high = _BOUNDS[kind]
     if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)):
         raise TypeError(f"{name} is a {type(value).__name__}; pass a number, or one a request.")
     if isinstance(value, Tensor):
@@ -205,7 +306,7 @@ def warper(name: str, value: Any, batch: int, device: torch.device) -> float | T
                 f" {(batch,)}."
             )
         rows = value.detach().double().expand(batch)
-        if not _rows.values_readable(rows):
+        if not known or not _rows.values_readable(rows):
             return rows
         inside = within(kind, rows, low, high)
         if bool(torch.as_tensor(inside).all()):
@@ -227,10 +328,8 @@ def within(kind: str, value: Any, low: float, high: float) -> Any:
     return inside
 
 
-def bias_rows(bias: Tensor | None, target: Tensor) -> Tensor | None:
+def bias_rows(bias: Tensor, target: Tensor) -> Tensor:
     """`[1, V]` or `[B, V]`, fp32 (fp64 for fp64 logits)."""
-    if bias is None:
-        return None
     if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"logit_bias is {got}; pass a floating-point tensor [V] or [B, V].")
@@ -252,18 +351,18 @@ def rule_of(
     tv_budget: float | None,
     typical: tuple[float, float] | None,
 ) -> Rule:
-    """Raises for a method that is unknown or not built, and for numbers that do not fit it."""
-    if method in _LATER:
-        raise ValueError(
-            f"method={method!r} is not built yet; verify one path of the tree with method='block'"
-            " or 'token'."
-        )
+    """Raises for a method that is unknown, and for a tree or numbers that do not fit it."""
     if method not in METHODS:
         raise ValueError(f"method={method!r} is not known; use one of {', '.join(METHODS)}.")
-    if tree is not None:
+    if tree is not None and method not in TREES:
         raise ValueError(
-            f"tree is given, and method={method!r} is for chains; pass tree=None and one path of"
-            " the tree."
+            f"tree is given, and method={method!r} is for chains; use one of {', '.join(TREES)}, or"
+            " pass tree=None and one path of the tree."
+        )
+    if tree is None and method in TREES:
+        raise ValueError(
+            f"method={method!r} needs a tree; pass tree=, int32 [N] or [B, N]: the node that each"
+            " drafted token follows, -1 for the committed tokens."
         )
     if method != "token" and (lenience is not None or tv_budget is not None):
         raise ValueError(

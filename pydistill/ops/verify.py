@@ -3,14 +3,17 @@ that follows them, from the logits of both.
 
     token   accept x while u q(x) < p(x); then y ~ [p - q]+, or y ~ p after the last
     block   accept the longest prefix that its own coin passes, by the ratio of the whole prefix
+    tree    try the siblings of a tree one by one, p and q being what the earlier ones left
+    traversal   the same from the leaves up, by the ratio of the whole path
 
 p and q are the warped distributions (temperature, top-k, top-p, min-p), u counter-based coins.
 docs/ops/verify.md has every formula, the coins bit by bit, and the limits.
 
-Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], draft_ids [B, K]; fp32, bf16 or fp16
-(fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are needed and one
-pass over them in cache; nothing of size V is written. One call decides and samples, so that no
-probabilities are ever in memory and the reported numbers are those the decision was made with.
+Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], draft_ids [B, K], tree [B, K]; fp32,
+bf16 or fp16 (fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are
+needed and one pass over them in cache; nothing of size V is written. One call decides and samples,
+so that no probabilities are ever in memory and the reported numbers are those the decision was made
+with.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from pydistill.ops import _rows, _verify_call
 from pydistill.reference.verify import (
     BAD_DRAFT,
     BAD_ID,
+    BAD_PARENT,
     BAD_TARGET,
     IMPOSSIBLE,
     Inputs,
@@ -34,7 +38,15 @@ from pydistill.reference.verify import (
     verify_reference,
 )
 
-__all__ = ["BAD_DRAFT", "BAD_ID", "BAD_TARGET", "IMPOSSIBLE", "VerifyResult", "verify"]
+__all__ = [
+    "BAD_DRAFT",
+    "BAD_ID",
+    "BAD_PARENT",
+    "BAD_TARGET",
+    "IMPOSSIBLE",
+    "VerifyResult",
+    "verify",
+]
 OP = _registry.operator("verify", {torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -49,6 +61,7 @@ class VerifyResult(NamedTuple):
     target_lse: Tensor  # [B, K + 1]
     draft_lse: Tensor  # [B, K]
     flags: Tensor  # int32 [B, K + 1]
+    path: Tensor  # int64 [B, K], -1 behind the last
 
 
 def verify(
@@ -75,16 +88,23 @@ def verify(
     position: int | Tensor,
     impl: str = "auto",
 ) -> VerifyResult:
-    """Accepts a prefix of each request's drafted tokens and samples the token that follows it.
+    """Accepts a prefix of each request's drafted tokens, or a path of its tree of them, and samples
+    the token that follows.
 
     Args:
-        target_logits: `[B, K + 1, V]`, any strides: row i is the target's of the token at offset i.
-            fp32, bf16, fp16; fp64 on the reference.
+        target_logits: `[B, K + 1, V]`, any strides: row i is the target's of the token at offset i;
+            in a tree row 0 is at the root, row i + 1 behind node i. fp32, bf16, fp16; fp64 on the
+            reference.
         draft_logits: `[B, K, V]` of the same dtype: the rows that the drafted tokens were sampled
-            from, by the draft's warpers; or None for a draft that does not sample (greedy, n-gram).
+            from, by the draft's warpers, at the places of the target's rows; or None for a draft
+            that does not sample (greedy, n-gram, the most likely tokens).
         draft_ids: int64 or int32 `[B, K]`, -1 in slots without a token.
-        method: "token" or "block", which leave the target's law as it is, or "typical".
-        tree: for methods on trees, none of which is built yet.
+        method: for chains "token" or "block", which leave the target's law as it is, or "typical";
+            for trees "tree" or "traversal", and "tree_target_only", which asks no draft. These
+            three leave the law as it is.
+        tree: int32 or int64 `[K]`, or `[B, K]` for one a request: the node that each drafted token
+            follows, -1 for the committed tokens. Parents come before their children, siblings in
+            the order in which they were drawn, without replacement.
         num_drafted: slots from here on are not looked at; an int or one a request, 0 to K (all K).
         temperature, top_k, top_p, min_p: the target's warpers, a number or one a request, applied
             in this order; temperature 0 is greedy, and `top_k` 0, `top_p` 1 and `min_p` 0 are off.
@@ -106,8 +126,10 @@ def verify(
             overlap: sum min(p, q), the probability that "token" accepts.
             bias: total variation of the emitted token's law from p; 0 for lossless methods.
             target_lse, draft_lse: log-normalisers of the warped rows.
-            flags: of each row, the sum of BAD_ID (1), BAD_TARGET (2), BAD_DRAFT (4) and IMPOSSIBLE
-                (8): what ended the drafted block before its rejection or its end.
+            flags: of each row, the sum of BAD_ID (1), BAD_TARGET (2), BAD_DRAFT (4), IMPOSSIBLE (8)
+                and BAD_PARENT (16): what ended the drafted block before its rejection or its end,
+                and in a tree, which children could not be put to the test.
+            path: the accepted slots, or nodes, then -1: of whose caches to keep.
 
         Numbers of rows that were not evaluated are NaN. No result requires grad.
 
@@ -118,39 +140,33 @@ def verify(
         RuntimeError: the logits carry a forward-mode tangent, which would be lost; detach them
             outside the transform.
     """
-    call = _verify_call.prepare(
-        OP.name,
-        target_logits,
-        draft_logits,
-        draft_ids,
-        _verify_call.rule_of(method, tree, lenience, tv_budget, typical),
-        impl,
-        num_drafted=num_drafted,
-        warpers=[
-            ("temperature", temperature),
-            ("top_k", top_k),
-            ("top_p", top_p),
-            ("min_p", min_p),
-            ("draft_temperature", draft_temperature),
-            ("draft_top_k", draft_top_k),
-            ("draft_top_p", draft_top_p),
-            ("draft_min_p", draft_min_p),
-        ],
-        logit_bias=logit_bias,
-        seed=seed,
-        position=position,
-    )
-    dual, compiling = forward_ad._current_level >= 0, torch.compiler.is_compiling()
+    rule = _verify_call.rule_of(method, tree, lenience, tv_budget, typical)
+    warpers = (temperature, top_k, top_p, min_p)
+    drafts = (draft_temperature, draft_top_k, draft_top_p, draft_min_p)
+
+    def prepare(explain: bool) -> _verify_call.Call:
+        return _verify_call.prepare(
+            OP.name, target_logits, draft_logits, draft_ids, rule, impl, explain,
+            tree=tree, num_drafted=num_drafted, warpers=warpers, drafts=drafts,
+            logit_bias=logit_bias, seed=seed, position=position,
+        )  # fmt: skip
+
+    compiling, dual = torch.compiler.is_compiling(), forward_ad._current_level >= 0
     if dual and compiling:
         raise RuntimeError(_NO_TANGENT)
-    wrapped = not compiling and any(
-        x is not None and torch._C._functorch.is_functorch_wrapped_tensor(x) for x in call.inputs
-    )
-    if dual or wrapped:
-        found: tuple[Tensor, ...] = _Verify.apply(*call.inputs, call.rule, call.backend)
-        return VerifyResult(*found)
-    plain = Inputs._make(x if x is None else x.detach() for x in call.inputs)
-    return VerifyResult(*_forward(plain, call.rule, call.backend))
+    if dual or (not compiling and torch._C._functorch.peek_interpreter_stack() is not None):
+        call = prepare(True)
+        return VerifyResult(*_Verify.apply(*call.inputs, rule, call.backend))
+    call = prepare(False)
+    inputs = call.inputs
+    if any(x is not None and x.requires_grad for x in inputs):
+        inputs = Inputs._make(x if x is None else x.detach() for x in inputs)
+    try:
+        return VerifyResult(*_forward(inputs, rule, call.backend, call.check))
+    except RuntimeError:
+        if call.check:
+            prepare(True)  # names the value
+        raise
 
 
 _NO_TANGENT = (
@@ -159,34 +175,33 @@ _NO_TANGENT = (
 )
 
 
-def _forward(inputs: Inputs, rule: Rule, backend: str) -> Outputs:
+def _forward(inputs: Inputs, rule: Rule, backend: str, check: bool = False) -> Outputs:
     target = inputs.target
     if backend == "reference":
         dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
         found = verify_reference(inputs, rule)
         return Outputs(*(x.to(dtype) if x.is_floating_point() else x for x in found))
     batch, slots = inputs.ids.shape
-    device = target.device
-    tokens = torch.empty((batch, slots + 1), dtype=torch.int64, device=device)
-    rows = torch.empty((batch, slots + 1), dtype=torch.float32, device=device)
-    drafted = torch.empty((batch, slots), dtype=torch.float32, device=device)
+    device, rows, drafted = target.device, (batch, slots + 1), (batch, slots)
+    whole, single = torch.int64, torch.float32
     outputs = Outputs(
-        tokens,
-        tokens.new_empty(batch),
-        rows,
-        drafted,
-        torch.empty_like(drafted),
-        torch.empty_like(rows),
-        torch.empty_like(drafted),
-        torch.empty_like(rows, dtype=torch.int32),
+        torch.empty(rows, dtype=whole, device=device),
+        torch.empty(batch, dtype=whole, device=device),
+        torch.empty(rows, dtype=single, device=device),
+        torch.empty(drafted, dtype=single, device=device),
+        torch.empty(drafted, dtype=single, device=device),
+        torch.empty(rows, dtype=single, device=device),
+        torch.empty(drafted, dtype=single, device=device),
+        torch.empty(rows, dtype=torch.int32, device=device),
+        torch.empty(drafted, dtype=whole, device=device),
     )
-    _registry.overload("verify_fwd", backend)(*inputs, *rule, *outputs)
+    _registry.overload("verify_fwd", backend)(*inputs, *rule, check, *outputs)
     return outputs
 
 
 def verify_fwd(*args: Any) -> None:
     """The reference as an `out` kernel, for torch's dispatcher."""
-    inputs, rule, outputs = Inputs(*args[:8]), Rule(*args[8:12]), args[12:]
+    inputs, rule, outputs = Inputs(*args[:9]), Rule(*args[9:13]), args[14:]
     for out, value in zip(outputs, verify_reference(inputs, rule), strict=True):
         out.copy_(value)
 
@@ -195,9 +210,11 @@ _registry.kernel(
     OP,
     "verify_fwd",
     "(Tensor target, Tensor? draft, Tensor ids, Tensor num_drafted, Tensor warpers, Tensor seed,"
-    " Tensor position, Tensor? logit_bias, int method, int lenience, float strength, float alpha,"
+    " Tensor position, Tensor? logit_bias, Tensor? parent, int method, int lenience,"
+    " float strength, float alpha, bool check,"
     " Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) logprobs, Tensor(d!) overlap,"
-    " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags) -> ()",
+    " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags,"
+    " Tensor(i!) path) -> ()",
     verify_fwd,
 )
 
@@ -207,7 +224,7 @@ class _Verify(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward(Inputs(*args[:8]), *args[8:]))
+        return tuple(_forward(Inputs(*args[:9]), *args[9:]))
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -215,7 +232,7 @@ class _Verify(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 10
+        return (None,) * 11
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -225,11 +242,11 @@ class _Verify(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        given, batch = Inputs(*args[:8]), info.batch_size
+        given, batch = Inputs(*args[:9]), info.batch_size
         requests = given.target.shape[1 if in_dims[0] == 0 else 0]
         merged: list[Tensor | None] = []
         for name, x, dim in zip(Inputs._fields, given, in_dims, strict=False):
-            if x is not None and name in ("warpers", "seed", "logit_bias"):
+            if x is not None and name not in ("target", "draft", "ids"):
                 # A row for all requests of each call: one a request of the batch.
                 x = x[None] if dim is None else x.movedim(dim, 0)
                 x = x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])
@@ -239,5 +256,5 @@ class _Verify(torch.autograd.Function):
             merged.append(
                 x if x is None else _verify_call.unit_stride(x) if logits else x.contiguous()
             )
-        found = _Verify.apply(*merged, *args[8:])
-        return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 8
+        found = _Verify.apply(*merged, *args[9:])
+        return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 9

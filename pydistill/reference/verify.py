@@ -1,9 +1,10 @@
 """The definition of `pydistill.verify`: how many drafted tokens the target accepts, and the token
 that follows them.
 
-Plain torch in fp64, in steps that tests can take apart: `distributions` (logits to p and q),
-`slot_tests` (with which odds a slot passes), `final_weights` (what the last token is drawn from)
-and `verify_reference` (coins, decisions, results). docs/ops/verify.md has the formulas.
+Plain torch in fp64, in steps that tests can take apart: `distributions` (logits to p and q); for
+chains `slot_tests` (with which odds a slot passes) and `final_weights` (what the last token is
+drawn from); for trees `tree_tests` (both, of every node and row) and `tree_walk` (where it ends);
+`verify_reference` (coins, decisions, results). docs/ops/verify.md has the formulas.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-METHODS = ("token", "block", "typical")
+CHAINS = ("token", "block", "typical")
+TREES = ("tree_target_only", "tree", "traversal")
+METHODS = CHAINS + TREES
 LENIENCES = ("none", "linear", "square", "exponential", "ensemble", "tv_budget")
-BAD_ID, BAD_TARGET, BAD_DRAFT, IMPOSSIBLE = 1, 2, 4, 8  # of a row's flags
+BAD_ID, BAD_TARGET, BAD_DRAFT, IMPOSSIBLE, BAD_PARENT = 1, 2, 4, 8, 16  # of a row's flags
 ACCEPT, RESAMPLE, DRAFT = 0, 1, 2  # streams of coins
 WARPERS = 4  # temperature (0: greedy), top_k (0: off), top_p (1: off), log of min_p (-inf: off)
 
@@ -24,16 +27,18 @@ _WORD = 0xFFFFFFFF
 
 
 class Inputs(NamedTuple):
-    """What every kernel is given. One row of `warpers`, `seed` or `logit_bias` serves all."""
+    """What every kernel is given. One row of anything but logits and ids serves all. In a tree K
+    is the number of nodes."""
 
     target: Tensor  # [B, K + 1, V]
     draft: Tensor | None  # [B, K, V]; None: the drafted tokens are point masses
     ids: Tensor  # int64 [B, K]
-    num_drafted: Tensor  # int64 [B]
+    num_drafted: Tensor  # int64 [B or 1]
     warpers: Tensor  # fp64 [B or 1, 2 * WARPERS]: the target's and the draft's
     seed: Tensor  # int64 [B or 1]
-    position: Tensor  # int64 [B]
+    position: Tensor  # int64 [B or 1]
     logit_bias: Tensor | None  # [B or 1, V]
+    parent: Tensor | None  # int32 [B or 1, K] for trees
 
 
 class Rule(NamedTuple):
@@ -55,10 +60,12 @@ class Outputs(NamedTuple):
     target_lse: Tensor  # [B, K + 1]
     draft_lse: Tensor  # [B, K]
     flags: Tensor  # int32 [B, K + 1]
+    path: Tensor  # int64 [B, K]
 
 
 class Distributions(NamedTuple):
-    """Warped rows: `p [B, K + 1, V]`, `q [B, K, V]`; zeros in a row without a softmax."""
+    """Warped rows: `p [B, K + 1, V]`, `q [B, K, V]`; zeros in a row without a softmax. `pointed
+    [B]`: the request's drafted tokens are point masses."""
 
     p: Tensor
     q: Tensor
@@ -66,6 +73,7 @@ class Distributions(NamedTuple):
     draft_lse: Tensor
     target_sound: Tensor
     draft_sound: Tensor
+    pointed: Tensor
 
 
 class SlotTests(NamedTuple):
@@ -77,6 +85,26 @@ class SlotTests(NamedTuple):
     scale: Tensor  # [B, K]
     bias: Tensor  # [B, K]
     overlap: Tensor  # [B, K]
+
+
+class TreeTests(NamedTuple):
+    """Node i passes when coin(slot_i) * den < num, the earlier siblings having failed. A token
+    that follows row r is drawn from `left[r]`: all children of the row have failed."""
+
+    num: Tensor  # [B, K]
+    den: Tensor  # [B, K]
+    slot: Tensor  # [B, K], of the coin
+    left: Tensor  # [B, K + 1, V]
+    reach: Tensor  # [B, K]: the ratio of a node's path; a node of ratio 0 is not looked at
+    overlap: Tensor  # [B, K], of rows
+    usable: Tensor  # bool [B, K]
+    fault: Tensor  # [B, K], of nodes
+
+
+class Walk(NamedTuple):
+    end: Tensor  # [B]: the row after the last accepted node
+    visited: Tensor  # bool [B, K + 1], of rows
+    on_path: Tensor  # bool [B, K], of nodes
 
 
 def coins(seed: Tensor, position: Tensor, slot: Tensor, stream: int) -> Tensor:
@@ -141,16 +169,18 @@ def distributions(inputs: Inputs) -> Distributions:
     point = torch.nn.functional.one_hot(ids.clamp(0, vocab - 1), vocab).double()
     if inputs.draft is None:
         nan = torch.full((batch, slots), math.nan, dtype=torch.float64, device=ids.device)
-        return Distributions(p, point, target_lse, nan, target_sound, torch.isnan(nan))
+        pointed = torch.ones(batch, dtype=torch.bool, device=ids.device)
+        return Distributions(p, point, target_lse, nan, target_sound, torch.isnan(nan), pointed)
     q, draft_lse, draft_sound = warped(inputs.draft, warpers[:, WARPERS:])
-    pointed = ((warpers[:, 0] == 0) | (warpers[:, WARPERS] == 0))[:, None]
+    pointed = (warpers[:, 0] == 0) | (warpers[:, WARPERS] == 0)
     return Distributions(
         p,
-        torch.where(pointed[..., None], point, q),
+        torch.where(pointed[:, None, None], point, q),
         target_lse,
-        torch.where(pointed, math.nan, draft_lse),
+        torch.where(pointed[:, None], math.nan, draft_lse),
         target_sound,
-        draft_sound | pointed,
+        draft_sound | pointed[:, None],
+        pointed,
     )
 
 
@@ -209,7 +239,7 @@ def _block(
         last = length == i + 1
         sure = (z == 0) & (r == 1)
         num.append(torch.where(last, r, torch.where(sure, 1.0, z)))
-        den.append(torch.where(last | sure, 1.0, z + 1 - r))
+        den.append(torch.where(last | sure, 1.0, z + (1 - r)))
     return torch.stack(num, 1), torch.stack(den, 1), torch.stack(scale[:-1], 1)
 
 
@@ -255,8 +285,164 @@ def usable(inputs: Inputs, d: Distributions) -> tuple[Tensor, Tensor]:
     return good.long().cumprod(-1).sum(-1), torch.where(ids == -1, 0, fault)
 
 
+def tree_tests(inputs: Inputs, d: Distributions, rule: Rule) -> TreeTests:
+    """The tests of every node. A node's is made as if its earlier siblings had all failed, so one
+    walk through the nodes in order of index makes them all, without a coin."""
+    ids, method = inputs.ids, METHODS[rule.method]
+    nodes, vocab = ids.shape[1], d.p.shape[-1]
+    row, sane = _rows_of(inputs)
+    at, each = ids.clamp(0, vocab - 1), torch.arange(len(ids), device=ids.device)
+    p, q = d.p.clone(), d.q.clone()
+    ratio = torch.ones_like(d.p[..., 0])
+    chosen = torch.zeros_like(ratio)  # p of the children so far
+    alive = torch.ones_like(ratio, dtype=torch.bool)
+    num, den, reach = torch.zeros(3, *ids.shape, dtype=p.dtype, device=ids.device)
+    fault = torch.zeros_like(ids)
+    for i in range(nodes):
+        r, x = row[:, i], at[:, i]
+        point = torch.nn.functional.one_hot(x, vocab).to(p.dtype)
+        p_r, q_r = p[each, r], torch.where(d.pointed[:, None], point, q[each, r])
+        px, qx = p_r[each, x], q_r[each, x]
+        twice = alive[:, 1 : i + 1] & (row[:, :i] == r[:, None]) & (at[:, :i] == x[:, None])
+        wrong = torch.where(qx > 0, 0, IMPOSSIBLE)
+        wrong = torch.where(d.draft_sound[each, r], wrong, BAD_DRAFT)
+        wrong = torch.where(d.target_sound[each, r], wrong, BAD_TARGET)
+        wrong = torch.where((ids[:, i] < 0) | (ids[:, i] >= vocab), BAD_ID, wrong)
+        wrong = torch.where(sane[:, i], wrong, BAD_PARENT)
+        there = (i < inputs.num_drafted) & (ids[:, i] != -1) & ~(sane[:, i] & twice.any(-1))
+        fault[:, i] = torch.where(there, wrong, 0)
+        alive[:, i + 1] = there & (wrong == 0) & alive[each, r]
+        chosen[each, r] += torch.where(alive[:, i + 1], d.p[each, r, x], 0)
+        num[:, i], den[:, i] = ratio[each, r] * px, qx
+        reach[:, i] = (num[:, i] / den[:, i]).clamp(max=1)
+        if method == "tree_target_only":
+            num[:, i], den[:, i] = chosen[each, r], 1
+        if method == "traversal":
+            ratio[:, i + 1] = reach[:, i]
+        rest, ratio_left = after_rejection(p_r, q_r, ratio[each, r])
+        failed = alive[:, i + 1]
+        p[each, r] = torch.where(failed[:, None], rest, p_r)
+        ratio[each, r] = torch.where(failed, ratio_left, ratio[each, r])
+        q[each, r] = torch.where(failed[:, None], without(q[each, r], x), q[each, r])
+    if method == "traversal":
+        num, den = ratio[:, 1:], torch.ones_like(den)
+    else:
+        reach = torch.ones_like(reach)
+    slot = row if method == "tree_target_only" else torch.arange(nodes, device=ids.device)
+    shared = torch.minimum(d.p[:, :-1], d.q).sum(-1)
+    overlap = torch.where(d.pointed[:, None], chosen[:, :-1], shared)
+    return TreeTests(num, den, slot.expand_as(ids), p, reach, overlap, alive[:, 1:], fault)
+
+
+def after_rejection(p: Tensor, q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """p and the ratio of a row once a child drawn from q has failed."""
+    rest = (ratio[:, None] * p - q).clamp(min=0)
+    z = rest.sum(-1)
+    sure = (z == 0) & (ratio == 1)
+    left = torch.where(z > 0, z, 1)
+    p = torch.where((z > 0)[:, None], rest / left[:, None], p)
+    return p, torch.where(sure, 1.0, z / torch.where(sure, 1.0, z + (1 - ratio)))
+
+
+def without(q: Tensor, x: Tensor) -> Tensor:
+    """q of the next sibling of x; zeros where nothing is left."""
+    q = q.scatter(-1, x[:, None], 0.0)
+    return q / torch.where(q.sum(-1) > 0, q.sum(-1), 1)[:, None]
+
+
+def _rows_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """The row that each node follows `[B, K]`, 0 where its parent cannot be, and if it can."""
+    assert inputs.parent is not None
+    parent = inputs.parent.long().expand_as(inputs.ids)
+    sane = (parent >= -1) & (parent < torch.arange(parent.shape[1], device=parent.device))
+    return torch.where(sane, parent + 1, 0), sane
+
+
+def tree_walk(inputs: Inputs, tests: TreeTests, passes: Tensor, rule: Rule) -> Walk:
+    """Where the walk ends, of what passes `[B, K]`. Children are tried in order of index; traversal
+    tries a node after all of its children, the others before."""
+    row, _ = _rows_of(inputs)
+    nodes, each = row.shape[1], torch.arange(len(row), device=row.device)
+    traversal = METHODS[rule.method] == "traversal"
+    passes = passes & tests.usable
+    end = row.new_zeros(len(row))
+    found = row.new_full((len(row), nodes + 1), -1)  # the row that ends the walk, of each subtree
+    if traversal:
+        for i in reversed(range(nodes)):
+            own = torch.where(passes[:, i], i + 1, -1)
+            own = torch.where(found[:, i + 1] >= 0, found[:, i + 1], own)
+            own = torch.where(tests.usable[:, i], own, -1)
+            found[:, i + 1] = own
+            found[each, row[:, i]] = torch.where(own >= 0, own, found[each, row[:, i]])
+        end = found[:, 0].clamp(min=0)
+    visited = torch.zeros_like(found, dtype=torch.bool)
+    visited[:, 0] = True
+    over = torch.zeros_like(visited)  # a child was accepted
+    for i in range(nodes):
+        r = row[:, i]
+        open_ = tests.usable[:, i] & visited[each, r] & ~over[each, r] & (tests.reach[:, i] > 0)
+        if traversal:
+            visited[:, i + 1], done = open_, open_ & (found[:, i + 1] >= 0)
+        else:
+            visited[:, i + 1] = done = open_ & passes[:, i]
+            end = torch.where(done, i + 1, end)
+        over[each, r] |= done
+    on_path = torch.zeros_like(tests.usable)
+    node = end - 1
+    for _ in range(nodes):
+        on_path |= torch.arange(nodes, device=row.device) == node[:, None]
+        node = torch.where(node >= 0, row[each, node.clamp(min=0)] - 1, -1)
+    return Walk(end, visited, on_path)
+
+
+def _verify_tree(inputs: Inputs, rule: Rule) -> Outputs:
+    ids, nodes = inputs.ids, inputs.ids.shape[1]
+    each, slot = (
+        torch.arange(len(ids), device=ids.device),
+        torch.arange(nodes + 1, device=ids.device),
+    )
+    d = distributions(inputs)
+    t = tree_tests(inputs, d, rule)
+    coin = coins(inputs.seed[:, None], inputs.position[:, None], t.slot, ACCEPT)
+    walk = tree_walk(inputs, t, coin * t.den < t.num, rule)
+    y = sampled(t.left[each, walk.end], coins(inputs.seed, inputs.position, walk.end, RESAMPLE))
+    accepted = walk.on_path.sum(-1)
+    path = torch.where(walk.on_path, slot[:-1], nodes).sort(-1).values  # parents come first
+    emitted = ids.gather(1, path.clamp(max=max(nodes - 1, 0))) if nodes else ids
+    path = torch.where(path < nodes, path, -1)
+    sound = d.target_sound[each, walk.end]
+    tokens = torch.cat([torch.where(path >= 0, emitted, -1), ids.new_full((len(ids), 1), -1)], 1)
+    tokens[each, accepted] = torch.where(sound, y, -1)
+    after = torch.cat([torch.zeros_like(accepted)[:, None], path + 1], 1)  # the row of each token
+    logprobs = d.p[each[:, None], after, tokens.clamp(min=0)].log()
+    row, _ = _rows_of(inputs)
+    flags = torch.zeros_like(slot).repeat(len(ids), 1)
+    tested = torch.zeros_like(walk.visited)
+    for i in range(nodes):
+        flags[each, row[:, i]] |= t.fault[:, i]
+        tested[each, row[:, i]] |= t.usable[:, i]
+    tested &= walk.visited
+    at_end = slot == walk.end[:, None]
+    flags = torch.where(walk.visited, flags, 0)
+    flags |= torch.where(at_end & ~d.target_sound, BAD_TARGET, 0)
+    nan, drafted = math.nan, tested[:, :-1]
+    return Outputs(
+        tokens,
+        accepted,
+        torch.where(tokens >= 0, logprobs, nan),
+        torch.where(drafted, t.overlap, nan),
+        torch.where(drafted, 0.0, nan),
+        torch.where(tested | at_end, d.target_lse, nan),
+        torch.where(drafted, d.draft_lse, nan),
+        flags.int(),
+        path,
+    )
+
+
 def verify_reference(inputs: Inputs, rule: Rule) -> Outputs:
     """fp64 results, whatever the logits' dtype; raises nothing."""
+    if METHODS[rule.method] in TREES:
+        return _verify_tree(inputs, rule)
     ids, slots = inputs.ids, inputs.ids.shape[1]
     d = distributions(inputs)
     length, fault = usable(inputs, d)
@@ -290,4 +476,5 @@ def verify_reference(inputs: Inputs, rule: Rule) -> Outputs:
         torch.where(tested | (slot == n), d.target_lse, nan),
         torch.where(tested[:, :-1], d.draft_lse, nan),
         flags.int(),
+        torch.where(slot[:-1] < n, slot[:-1], -1),
     )

@@ -68,7 +68,9 @@ def test_table_covers_what_it_should() -> None:
         mine = [case for case in TABLE if case.kind == method]
         assert {d for case in mine for d in case.dtypes} == _registry.OPERATORS[OP].dtypes
         counts = expected(next(case for case in mine if "plain" in case.id))["num_accepted"].value
-        assert set(counts.tolist()) == {0, 1, 2, 3, 4}
+        deepest = 4 if method in reference.CHAINS else 1 if method == "tree_target_only" else 2
+        wanted = set(range(deepest + 1))
+        assert wanted <= set(counts.tolist())
 
 
 WARPERS: list[dict[str, Any]] = [
@@ -133,7 +135,7 @@ def test_greedy_is_the_argmax(impl: str) -> None:
     for request in range(30):
         if request % 5 < 4:
             ids[request, request % 5] = (ids[request, request % 5] + 1) % 50
-    for method in reference.METHODS:
+    for method in reference.CHAINS:
         found = verify(z, None, ids, method=method, temperature=0, seed=0, position=0, impl=impl)
         assert found.num_accepted.tolist() == [request % 5 for request in range(30)]
         for request in range(30):
@@ -143,7 +145,7 @@ def test_greedy_is_the_argmax(impl: str) -> None:
         assert (found.logprobs[found.tokens >= 0] == 0).all()
 
 
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("method", reference.CHAINS)
 def test_faults_stay_in_their_row(method: str, impl: str) -> None:
     target, draft = 2 * torch.randn(2, 9, 4, 300)
     draft = draft[:, :3] * 0.2 + target[:, :3]
@@ -181,7 +183,7 @@ def test_ids_out_of_range_are_flagged_where_they_cannot_be_read(kernel_impl: str
     assert found.num_accepted[0].tolist() == [1, 0] and (found.tokens[0, :, 0] >= 0).all()
 
 
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("method", reference.CHAINS)
 def test_requests_alone_ragged_and_on_more_threads(method: str, each_cpu: str) -> None:
     """A request's result depends on nothing but it; 70,000 columns are spread over threads."""
     for batch, vocab in ((24, 2100), (2, 70_000)):
@@ -211,10 +213,8 @@ T, D = torch.randn(2, 4, 9), torch.randn(2, 3, 9)
 IDS = torch.zeros(2, 3, dtype=torch.int64)
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown method": ({"method": "blocks"}, ValueError, "method='blocks' is not known; use one"),
-    "tree": ({"method": "tree"}, ValueError, "method='tree' is not built yet; verify one path"),
-    "target only": ({"method": "tree_target_only"}, ValueError, "is not built yet"),
-    "traversal": ({"method": "traversal"}, ValueError, "is not built yet; .* method='block'"),
-    "a tree": ({"tree": IDS}, ValueError, "tree is given, and method='token' is for chains"),
+    "no tree": ({"method": "tree"}, ValueError, "method='tree' needs a tree; pass tree=, int32"),
+    "a tree": ({"tree": IDS}, ValueError, "tree is given, and method='token' is for chains; use"),
     "sparse draft": ({"draft_logits": (D, IDS)}, TypeError, "K tokens a row are not built yet"),
     "two dimensions": ({"target_logits": T[0]}, ValueError, r"pass \[B, K \+ 1, V\]"),
     "integers": ({"target_logits": T.long()}, TypeError, "target_logits has dtype torch.int64"),
@@ -272,10 +272,11 @@ def kernel_arguments() -> dict[str, Any]:
     return {
         "target": T, "draft": D, "ids": IDS, "num_drafted": torch.tensor([3, 2]),
         "warpers": warpers, "seed": torch.zeros(1).long(), "position": torch.zeros(2).long(),
-        "logit_bias": None, "method": 0, "lenience": 0, "strength": 0.0, "alpha": 0.0,
+        "logit_bias": None, "parent": None, "method": 0, "lenience": 0, "strength": 0.0,
+        "alpha": 0.0, "check": False,
         "tokens": rows.long(), "num_accepted": torch.zeros(2).long(), "logprobs": rows.clone(),
         "overlap": drafted.clone(), "bias": drafted.clone(), "target_lse": rows.clone(),
-        "draft_lse": drafted.clone(), "flags": rows.int(),
+        "draft_lse": drafted.clone(), "flags": rows.int(), "path": drafted.long(),
     }  # fmt: skip
 
 
@@ -285,17 +286,21 @@ def test_memory_safety_is_checked_below_python(kernel_impl: str) -> None:
     op = _registry.overload("verify_fwd", kernel_impl)
     op(*kernel_arguments().values())
     bad = {
-        "target": T[0], "draft": D[:, :2], "ids": IDS[:, :2], "num_drafted": torch.zeros(1).long(),
+        "target": T[0], "draft": D[:, :2], "ids": IDS[:, :2], "num_drafted": torch.zeros(3).long(),
         "warpers": torch.zeros(1, 8), "seed": torch.zeros(3).long(), "position": IDS[:, 0].int(),
-        "logit_bias": torch.zeros(8), "method": 3, "lenience": -1, "tokens": torch.zeros(2, 4),
-        "num_accepted": IDS, "logprobs": torch.zeros(2, 3), "overlap": torch.zeros(3, 2).T,
+        "logit_bias": torch.zeros(8), "parent": IDS, "method": 6, "lenience": -1,
+        "tokens": torch.zeros(2, 4), "num_accepted": IDS, "logprobs": torch.zeros(2, 3),
+        "overlap": torch.zeros(3, 2).T,
         "bias": torch.zeros(2, 4), "target_lse": torch.zeros(2), "draft_lse": D,
-        "flags": torch.zeros(2, 4).long(),
+        "flags": torch.zeros(2, 4).long(), "path": IDS[:, :2],
     }  # fmt: skip
     for name, value in bad.items():
         with pytest.raises(RuntimeError, match=f"{name} (is|must)"):
             op(*{**kernel_arguments(), name: value}.values())
-    op(*{**kernel_arguments(), "num_drafted": torch.tensor([-5, 99])}.values())  # held to 0 and K
+    wild = {**kernel_arguments(), "num_drafted": torch.tensor([-5, 99])}
+    op(*wild.values())  # held to 0 and K
+    with pytest.raises(RuntimeError, match="a value of draft_ids, num_drafted, position, tree or"):
+        op(*{**wild, "check": True}.values())
 
 
 def test_no_gradient(impl: str) -> None:
@@ -353,3 +358,20 @@ def test_opcheck() -> None:
     )
     op = _registry.overload("verify_fwd", "cpu")
     torch.library.opcheck(op, tuple(kernel_arguments().values()), test_utils=tests)
+
+
+def test_kept_numbers_outlive_the_modes_they_were_made_in(impl: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call: dict[str, Any] = {"seed": 12345, "position": 7, "temperature": 0.77, "impl": impl}
+    with torch.inference_mode():
+        first = verify(T, D, IDS, **call)
+    want = verify(T, D, IDS, **call)
+    assert same(first, want)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (T, D, IDS)]
+        assert verify(*fake, **call).tokens.shape == (2, 4)
+    assert same(verify(T, D, IDS, **call), want)
+    with torch.inference_mode():
+        torch.func.grad(lambda t: verify(t, D, IDS, **{**call, "seed": 54321}).logprobs.sum())
+    assert verify(T.clone().requires_grad_(), D, IDS, **call).tokens.equal(want.tokens)

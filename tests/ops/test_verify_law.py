@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
@@ -11,36 +10,11 @@ from torch import Tensor
 
 from pydistill.ops._verify_call import rule_of
 from pydistill.reference import verify as reference
-from verify_law import Law, Row, World, law
+from verify_law import Law, World, law, rows
 
 OP = "verify"
 Patch = Callable[[pytest.MonkeyPatch], None]
-Prefix = tuple[int, ...]
 LOSSLESS = ("token", "block")
-
-
-def rows(vocab: int, salt: int, spread: float = 1.5, pattern: str = "") -> Callable[[Prefix], Row]:
-    """A random row of logits for every prefix."""
-
-    @cache
-    def row(prefix: Prefix) -> Row:
-        seed = salt
-        for token in prefix:
-            seed = 31 * seed + token + 1
-        z = spread * torch.randn(vocab, generator=torch.Generator().manual_seed(seed)).double()
-        if pattern == "ties":
-            z = z.round()
-        elif pattern == "infinite":
-            z[seed % vocab] = -math.inf
-        elif pattern == "low half":
-            z[vocab // 2 :] = -math.inf
-        elif pattern == "high half":
-            z[: vocab // 2] = -math.inf
-        elif pattern == "point":
-            z[torch.arange(vocab) != seed % vocab] = -math.inf
-        return z.tolist()
-
-    return row
 
 
 def world(vocab: int, slots: int, target: str = "", draft: str = "", drafted: int | None = None,

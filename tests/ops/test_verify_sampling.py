@@ -1,8 +1,9 @@
 """`verify` generates the target's law: chi-square of the joint law of the first four tokens,
-drafted and verified block after block by one rule for coins.
+drafted and verified block after block, or tree after tree, by one rule for coins.
 
 Target and draft are chains over three tokens, so four tokens have 81 outcomes. The tests together
-have a false-alarm rate of 1e-4 (Bonferroni); N = 200,000 sequences.
+have a false-alarm rate of 1e-4 (Bonferroni); N = 200,000 sequences, fewer of trees on the
+reference, whose law is enumerated elsewhere.
 """
 
 from collections.abc import Callable
@@ -17,13 +18,13 @@ from pydistill.reference import verify as reference
 from verify_law import by_hand
 
 OP = "verify"
-VOCAB, TOKENS, N = 3, 4, 200_000
+VOCAB, TOKENS, N, FEWER = 3, 4, 200_000, 50_000
 WORLDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "warped": {"temperature": 0.8, "top_p": 0.9, "draft_temperature": 1.5, "draft_top_p": 1.0},
     "one-hot": {"one_hot": True},
 }
-TESTS = 40  # more than there are; what 1e-4 is divided by
+TESTS = 60  # more than there are; what 1e-4 is divided by
 
 
 def tables(world: str) -> tuple[Tensor, Tensor]:
@@ -40,35 +41,55 @@ def warped(table: Tensor, options: dict[str, Any], prefix: str = "") -> Tensor:
     return torch.tensor([by_hand(row, **own) for row in table.tolist()], dtype=torch.float64)
 
 
+CHAIN, TREE = (-1, 0, 1), (-1, -1, 0, 0, 2)
+METHODS = {"token": CHAIN, "block": CHAIN, **dict.fromkeys(reference.TREES, TREE)}
+
+
+def drafted(q: Tensor, before: list[Tensor], coin: Tensor, one_hot: bool) -> Tensor:
+    """A token of each row of q `[N, V]`, none that an earlier sibling has."""
+    for tokens in before:
+        q = q.scatter(1, tokens[:, None], 0.0)
+    if one_hot:
+        return q.argmax(-1)
+    return reference.sampled(q, coin)
+
+
 def generate(
-    world: str, method: str, impl: str, slots: int = 3, sequences: int = N, **reported: Any
+    world: str, method: str, impl: str, sequences: int | None = None, **reported: Any
 ) -> Tensor:
     """Counts [V, V, V, V] of the first four tokens of so many sequences. `reported` is what the
     verifier is told in place of how the draft sampled."""
+    if sequences is None:
+        sequences = FEWER if impl == "reference" and method in reference.TREES else N
     options = {n: x for n, x in WORLDS[world].items() if n != "one_hot"}
     one_hot = WORLDS[world].get("one_hot", False)
     target, draft = tables(world)
-    cumulative = warped(draft, options, "draft_").cumsum(-1)
-    seed, slot = torch.arange(sequences), torch.arange(TOKENS + slots + 1)
-    tokens = torch.full((sequences, TOKENS + slots + 1), VOCAB)
+    q = warped(draft, options, "draft_")
+    parents = METHODS[method]
+    nodes = len(parents)
+    if method in reference.TREES:
+        options["tree"] = torch.tensor(parents, dtype=torch.int32)
+    seed, slot = torch.arange(sequences), torch.arange(TOKENS + nodes + 1)
+    tokens = torch.full((sequences, TOKENS + nodes + 1), VOCAB)
     count = torch.zeros(sequences, dtype=torch.int64)
     while int(count.min()) < TOKENS:
         open_ = count < TOKENS
         last = torch.where(
             count > 0, tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0], VOCAB
         )
-        before = [last[open_]]
-        for i in range(slots):
+        after = [last[open_]]  # of each row, what its tokens follow
+        for i, parent in enumerate(parents):
             u = reference.coins(seed[open_], count[open_], torch.tensor(i), reference.DRAFT)
-            drawn = (cumulative[before[-1]] <= u[:, None]).sum(-1).clamp(max=VOCAB - 1)
-            before.append(draft[before[-1]].argmax(-1) if one_hot else drawn)
-        contexts, ids = torch.stack(before, 1), torch.stack(before[1:], 1)
+            siblings = [after[j + 1] for j in range(i) if parents[j] == parent]
+            after.append(drafted(q[after[parent + 1]], siblings, u, one_hot))
+        contexts, ids = torch.stack(after, 1), torch.stack(after[1:], 1)
+        rows = None if one_hot or method == "tree_target_only" else draft[contexts[:, :-1]]
         found = verify(
-            target[contexts], None if one_hot else draft[contexts[:, :-1]], ids, method=method,
-            seed=seed[open_], position=count[open_], impl=impl, **{**options, **reported},
+            target[contexts], rows, ids, method=method, seed=seed[open_], position=count[open_],
+            impl=impl, **{**options, **reported},
         )  # fmt: skip
         emitted = found.num_accepted + 1
-        place = count[open_][:, None] + slot[: slots + 1]
+        place = count[open_][:, None] + slot[: nodes + 1]
         kept = tokens[open_].scatter(1, place.clamp(max=tokens.shape[1] - 1), found.tokens)
         tokens[open_] = torch.where(
             slot < (count[open_] + emitted)[:, None], torch.where(
@@ -109,16 +130,17 @@ def chance(counts: Tensor, law: Tensor) -> float:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("method", ["token", "block"])
+@pytest.mark.parametrize("method", METHODS)
 def test_joint_law(method: str, world: str, impl: str) -> None:
     assert chance(generate(world, method, impl), law(world)) > 1e-4 / TESTS
 
 
-def test_the_same_tokens_on_every_instruction_set(each_cpu: str) -> None:
+@pytest.mark.parametrize("method", ["block", "tree", "traversal"])
+def test_the_same_tokens_on_every_instruction_set(method: str, each_cpu: str) -> None:
     """Whose law is then that of the reference."""
     few = 20_000
-    want = generate("plain", "block", "reference", sequences=few)
-    assert torch.equal(generate("plain", "block", each_cpu, sequences=few), want)
+    want = generate("plain", method, "reference", sequences=few)
+    assert torch.equal(generate("plain", method, each_cpu, sequences=few), want)
 
 
 def test_the_test_knows_the_law() -> None:
@@ -148,9 +170,11 @@ MUTANTS: dict[str, tuple[int, ...]] = {
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_absolute_coins_bias_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["block", "traversal"])
+def test_absolute_coins_bias(method: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a tree a node's index stands for its depth in the mutant."""
     monkeypatch.setattr(reference, "coins", absolute(reference.coins, MUTANTS[name]))
-    assert chance(generate("plain", "block", "reference"), law("plain")) < 1e-4 / TESTS
+    assert chance(generate("plain", method, "reference"), law("plain")) < 1e-4 / TESTS
 
 
 def test_coins_shared_by_draft_and_verifier_bias(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,6 +189,23 @@ def test_residual_dropped_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "final_weights", dropped)
     for method in ("token", "block"):
         assert chance(generate("plain", method, "reference"), law("plain")) < 1e-4 / TESTS
+
+
+def test_an_unchanged_p_between_siblings_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = reference.after_rejection
+    wrong = lambda p, q, ratio: (p, right(p, q, ratio)[1])  # noqa: E731
+    monkeypatch.setattr(reference, "after_rejection", wrong)
+    for method in ("tree", "traversal"):
+        assert chance(generate("plain", method, "reference"), law("plain")) < 1e-4 / TESTS
+
+
+@pytest.mark.parametrize("method", ["tree", "traversal"])
+def test_siblings_drawn_independently(
+    method: str, impl: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also lossless: of those with one token, the first counts."""
+    monkeypatch.setitem(globals(), "drafted", lambda q, before, u, one: reference.sampled(q, u))
+    assert chance(generate("plain", method, impl), law("plain")) > 1e-4 / TESTS
 
 
 def test_a_draft_that_reports_another_temperature_is_seen() -> None:

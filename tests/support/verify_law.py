@@ -1,15 +1,17 @@
-"""The exact law of what `verify` emits, by enumeration: every drafted sequence, with each coin
-integrated out through the odds and the weights that the reference itself decides by.
+"""The exact law of what `verify` emits, by enumeration: every drafted sequence, or tree of tokens,
+with each coin integrated out through the odds and the weights that the reference itself decides by.
 
 A `World` is a target and a draft: for every prefix of drafted tokens a row of logits of each. Its
-law is a table over the first K + 1 tokens that are committed, the ones after the block drawn from
-the target. Warpers are written out once more here, token by token in Python's floats.
+law is a table over the first K + 1 tokens that are committed (in a tree, one more than it is deep),
+the ones after the block drawn from the target. Warpers are written out once more here, token by
+token in Python's floats.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,14 +44,41 @@ def by_hand(row: Sequence[float], temperature: float = 1.0, top_k: int = 0, top_
     return [m / whole for m in mass]
 
 
+def rows(
+    vocab: int, salt: int, spread: float = 1.5, pattern: str = ""
+) -> Callable[[tuple[int, ...]], Row]:
+    """A random row of logits for every prefix."""
+
+    @cache
+    def row(prefix: tuple[int, ...]) -> Row:
+        seed = salt
+        for token in prefix:
+            seed = 31 * seed + token + 1
+        z = spread * torch.randn(vocab, generator=torch.Generator().manual_seed(seed)).double()
+        if pattern == "ties":
+            z = z.round()
+        elif pattern == "infinite":
+            z[seed % vocab] = -math.inf
+        elif pattern == "low half":
+            z[vocab // 2 :] = -math.inf
+        elif pattern == "high half":
+            z[: vocab // 2] = -math.inf
+        elif pattern == "point":
+            z[torch.arange(vocab) != seed % vocab] = -math.inf
+        return z.tolist()
+
+    return row
+
+
 @dataclass
 class World:
     vocab: int
     slots: int
     target: Callable[[tuple[int, ...]], Row]
-    draft: Callable[[tuple[int, ...]], Row] | Callable[[tuple[int, ...]], int]  # a token: one-hot
+    draft: Callable[[tuple[int, ...]], Row] | Callable[[tuple[int, ...]], Any]  # a token: one-hot
     options: dict[str, Any] = field(default_factory=dict)  # of `verify`
     drafted: int | None = None
+    tree: tuple[int, ...] | None = None  # parents; a draft of point masses gives a token a sibling
     known: dict[tuple[int, ...], Row] = field(default_factory=dict)  # p of a prefix
 
     def warpers(self, prefix: str = "") -> dict[str, Any]:
@@ -99,6 +128,8 @@ class Law:
 
 
 def law(world: World, rule: reference.Rule) -> Law:
+    if world.tree is not None:
+        return _tree_law(world, world.tree, rule)
     v, k = world.vocab, world.slots
     sequences = list(itertools.product(range(v), repeat=k))
     drafted = k if world.drafted is None else world.drafted
@@ -107,7 +138,7 @@ def law(world: World, rule: reference.Rule) -> Law:
     odds = [0.0 if any(s[drafted:]) else o for o, s in zip(odds, sequences, strict=True)]
     kept = [(s, o) for s, o in zip(sequences, odds, strict=True) if o > 0]
     sequences, odds = [s for s, _ in kept], [o for _, o in kept]
-    inputs = _inputs(world, sequences)
+    inputs = _inputs(world, sequences, rule)
     d = reference.distributions(inputs)
     length, _ = reference.usable(inputs, d)
     tests = reference.slot_tests(d, inputs.ids, length, rule)
@@ -136,6 +167,86 @@ def law(world: World, rule: reference.Rule) -> Law:
     return Law(tokens, truth, accepted, first)
 
 
+Drafted = list[tuple[tuple[int, ...], float]]
+
+
+def _drawn(world: World, tree: tuple[int, ...], count: int) -> Drafted:
+    """The tokens of every tree that may be drafted, and its chance: siblings are drawn without
+    replacement. Nodes from `count` on hold 0."""
+    out: Drafted = [((), 1.0)]
+    for i, parent in enumerate(tree):
+        grown: Drafted = []
+        for tokens, chance in out:
+            before = [tokens[j] for j in range(i) if tree[j] == parent]
+            row = world.draft(prefix_of(tokens, tree, parent))
+            if i >= count:
+                grown.append(((*tokens, 0), chance))
+            elif isinstance(row, tuple):
+                grown.append(((*tokens, row[len(before)]), chance))
+            else:
+                q = world.q(prefix_of(tokens, tree, parent))
+                left = math.fsum(m for t, m in enumerate(q) if t not in before)
+                for token, m in enumerate(q):
+                    if m > 0 and token not in before:
+                        grown.append(((*tokens, token), chance * m / left))
+        out = grown
+    return out
+
+
+def prefix_of(tokens: tuple[int, ...], tree: tuple[int, ...], node: int) -> tuple[int, ...]:
+    """The tokens up to a node, -1 being the root."""
+    path: tuple[int, ...] = ()
+    while node >= 0:
+        path, node = (tokens[node], *path), tree[node]
+    return path
+
+
+def _tree_law(world: World, tree: tuple[int, ...], rule: reference.Rule) -> Law:
+    drafted = len(tree) if world.drafted is None else world.drafted
+    drawn = _drawn(world, tree, drafted)
+    sequences, odds = [s for s, _ in drawn], [o for _, o in drawn]
+    inputs = _inputs(world, sequences, rule)
+    tests = reference.tree_tests(inputs, reference.distributions(inputs), rule)
+    depth = max(len(prefix_of(sequences[0], tree, i)) for i in range(-1, len(tree)))
+    tokens = torch.zeros((world.vocab,) * (depth + 1), dtype=torch.float64)
+    accepted = torch.zeros(depth + 1, dtype=torch.float64)
+    ends: dict[tuple[int, ...], Tensor] = {}
+    for passes, chance in _coins(tests):
+        end = reference.tree_walk(inputs, tests, passes, rule).end
+        weights = tests.left[torch.arange(len(end)), end]
+        mass = (chance * torch.tensor(odds, dtype=torch.float64))[:, None] * weights
+        mass = mass / weights.sum(-1, keepdim=True)
+        for s, node, row in zip(sequences, (end - 1).tolist(), mass, strict=True):
+            path = prefix_of(s, tree, node)
+            accepted[len(path)] += row.sum()
+            ends[path] = ends.get(path, 0) + row
+    for path, row in ends.items():
+        for token, mass in enumerate(row.tolist()):
+            if mass > 0:
+                _complete(world, tokens, (*path, token), mass)
+    truth = torch.zeros_like(tokens)
+    _complete(world, truth, (), 1.0)
+    return Law(tokens, truth, accepted, 0.0)
+
+
+def _coins(tests: reference.TreeTests) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every outcome of the coins: what passes `[B, K]` and its chance `[B]`. Nodes that share a
+    coin have bounds that rise: those from some node on pass."""
+    batch, nodes = tests.num.shape
+    bounds = torch.where(tests.usable, (tests.num / tests.den).clamp(0, 1), 0)
+    slots = tests.slot[0].tolist()
+    groups = [[i for i in range(nodes) if slots[i] == slot] for slot in sorted(set(slots))]
+    for firsts in itertools.product(*(range(len(group) + 1) for group in groups)):
+        passes = torch.zeros(batch, nodes, dtype=torch.bool)
+        chance = torch.ones(batch, dtype=torch.float64)
+        for group, first in zip(groups, firsts, strict=True):
+            rising = bounds[:, group].cummax(-1).values
+            edges = torch.cat([torch.zeros(batch, 1), rising, torch.ones(batch, 1)], 1)
+            passes[:, group[first:]] = True
+            chance = chance * (edges[:, first + 1] - edges[:, first])
+        yield passes & tests.usable, chance
+
+
 def _complete(world: World, table: Tensor, prefix: tuple[int, ...], mass: float) -> None:
     """Adds the mass of a prefix, continued by the target, to the table."""
     if len(prefix) == table.ndim:
@@ -146,20 +257,27 @@ def _complete(world: World, table: Tensor, prefix: tuple[int, ...], mass: float)
             _complete(world, table, (*prefix, token), mass * p)
 
 
-def _inputs(world: World, sequences: list[tuple[int, ...]]) -> reference.Inputs:
-    k = world.slots
-    prefixes = [[s[:i] for i in range(k + 1)] for s in sequences]
-    target = torch.tensor([[world.target(p) for p in row] for row in prefixes], dtype=torch.float64)
-    pointed = isinstance(world.draft(()), int)
+def _inputs(
+    world: World, sequences: list[tuple[int, ...]], rule: reference.Rule
+) -> reference.Inputs:
+    k, v = world.slots, world.vocab
+    chain = tuple(range(-1, k - 1))
+    tree = chain if world.tree is None else world.tree
+    places = [[prefix_of(s, tree, i) for i in range(-1, k)] for s in sequences]
+    target = torch.tensor([[world.target(p) for p in row] for row in places], dtype=torch.float64)
+    target_only = reference.METHODS[rule.method] == "tree_target_only"
+    pointed = target_only or isinstance(world.draft(()), (int, tuple))
     draft = None if pointed else torch.tensor(
-        [[world.draft(p) for p in row[:-1]] for row in prefixes], dtype=torch.float64
-    ).reshape(len(sequences), k, world.vocab)  # fmt: skip
+        [[world.draft(p) for p in row[:-1]] for row in places], dtype=torch.float64
+    ).reshape(len(sequences), k, v)  # fmt: skip
     ids = torch.tensor(sequences, dtype=torch.int64).reshape(len(sequences), k)
     options = world.options
     call = _verify_call.prepare(
-        "verify", target, draft, ids,
-        reference.Rule(0), "reference", num_drafted=world.drafted,
-        warpers=[(p + n, options.get(p + n)) for p in ("", "draft_") for n in WARPERS],
+        "verify", target, draft, ids, rule, "reference",
+        tree=None if world.tree is None else torch.tensor(world.tree, dtype=torch.int32),
+        num_drafted=world.drafted,
+        warpers=tuple(options.get(n) for n in WARPERS),
+        drafts=tuple(options.get("draft_" + n) for n in WARPERS),
         logit_bias=options.get("logit_bias"), seed=0, position=0,
     )  # fmt: skip
     return call.inputs

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pydistill.ops.verify import verify
+from pydistill.reference.verify import TREES
 from pydistill.testing.case import Case, Expected, Tolerance
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -25,6 +26,7 @@ TOLERANCES = {
     "tokens": _EXACT,
     "num_accepted": _EXACT,
     "flags": _EXACT,
+    "path": _EXACT,
     "logprobs": _CLOSE,
     "overlap": _CLOSE,
     "bias": _CLOSE,
@@ -76,6 +78,30 @@ def _sampled(draft: Tensor, g: torch.Generator) -> Tensor:
     return (draft.float() - noise).argmax(-1)
 
 
+_SHAPES: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {  # trees of (batch, nodes)
+    "chain": lambda b, n, g: torch.arange(-1, n - 1),
+    "siblings": lambda b, n, g: torch.full((n,), -1),
+    "levels": lambda b, n, g: torch.arange(n) // 3 - 1,
+    "random": lambda b, n, g: (
+        (torch.rand(b, n, generator=g) ** 0.6 * (torch.arange(n) + 1)).long() - 1
+    ),
+}
+
+
+def _tree_rows(target: Tensor, draft: Tensor, tree: Tensor, g: torch.Generator) -> Tensor:
+    """Tokens of a tree, siblings drawn without replacement from the draft's row of their place."""
+    noise = torch.rand(draft.shape, generator=g).log().neg().log()
+    order = (draft.float() - noise).argsort(-1, descending=True)
+    rows = tree.expand(draft.shape[:2]) + 1
+    ids = torch.empty(rows.shape, dtype=torch.int64)
+    for request in range(rows.shape[0]):
+        used = [0] * (rows.shape[1] + 1)
+        for node, row in enumerate(rows[request].tolist()):
+            ids[request, node] = order[request, row, used[row] % draft.shape[-1]]
+            used[row] += 1
+    return ids
+
+
 def _poison(target: Tensor, draft: Tensor, ids: Tensor) -> None:
     """One fault a request, at its first or last slot; requests 0 and 9 and beyond are sound."""
     target[1, 0, 5], target[2, -1, 0], target[3, 1] = torch.nan, torch.inf, -torch.inf
@@ -99,16 +125,19 @@ def _case(
     biased: bool = False,
     strided: bool = False,
     each: tuple[str, ...] = (),
+    shape: str | None = None,
     marks: tuple[str, ...] = (),
     gate: Case | None = None,
     **options: Any,
 ) -> Case:
     case_id = f"{method}-{name}-{_SHORT[dtype]}-{batch}x{slots}x{v}"
+    one_hot = one_hot or method == "tree_target_only"
 
     def inputs(device: torch.device | str, seed: int) -> dict[str, Any]:
         g = torch.Generator().manual_seed(seed + zlib.crc32(case_id.encode()))
         target, draft = (x.to(dtype) for x in _rows(pattern, batch, slots, v, g))
-        ids = _sampled(draft, g)
+        tree = None if shape is None else _SHAPES[shape](batch, slots, g)
+        ids = _sampled(draft, g) if tree is None else _tree_rows(target, draft, tree, g)
         if poisoned:
             _poison(target, draft, ids)
         if strided:
@@ -125,6 +154,8 @@ def _case(
             "position": (7 * torch.arange(batch)).to(device),
             **options,
         }
+        if tree is not None:
+            call["tree"] = tree.int().to(device)
         if ragged:
             call["num_drafted"] = (torch.arange(batch) % (slots + 1)).to(device)
             call["seed"] = (torch.arange(batch) * 2**40 - 3).to(device)
@@ -193,6 +224,39 @@ def _table() -> list[Case]:
         add("no_slots", 4, 0, 1100, method)
         add("no_requests", 0, 3, 90, method)
         add("huge", 2, 2, 151936, method, marks=("slow",), top_p=0.9)
+    for method in TREES:
+
+        def plant(name: str, *arguments: Any, method: str = method, **more: Any) -> None:
+            add(name, *arguments, method, **{"shape": "random", **more})
+
+        for dtype in (FP32, BF16, FP16):
+            plant("plain", 24, 7, 1000, dtype=dtype, marks=("ladder",))
+            plant("levels", 12, 9, 1100, dtype=dtype, shape="levels")
+            plant("warped", 12, 6, 1500, dtype=dtype, **everything)
+            plant("ties", 12, 6, 1500, dtype=dtype, pattern="ties", top_k=40, top_p=0.8)
+            plant("one_hot", 12, 6, 1300, dtype=dtype, one_hot=True)
+        plant("chain", 24, 4, 500, shape="chain")
+        plant("siblings", 12, 9, 1100, shape="siblings")
+        plant("all_siblings", 24, 6, 6, shape="siblings")
+        plant("equal", 8, 6, 2100, pattern="equal")
+        plant("peaked", 16, 6, 1100, pattern="peaked")
+        plant("disjoint", 8, 6, 2050, pattern="disjoint")
+        plant("infinite", 12, 6, 1067, pattern="infinite", top_p=0.95)
+        plant("late", 6, 5, 5000, pattern="late", top_k=9)
+        plant("poisoned", 14, 6, 1067, poisoned=True, marks=("ladder",))
+        plant("ragged", 24, 6, 500, ragged=True, marks=("ladder",))
+        plant("biased", 8, 6, 1100, biased=True, top_k=50)
+        plant("strided", 8, 6, 1100, strided=True)
+        plant("each", 24, 6, 700, each=tuple(_EACH), marks=("ladder",))
+        plant("greedy", 16, 6, 1100, pattern="ties", temperature=0.0)
+        plant("greedy_draft", 12, 6, 1100, draft_temperature=0.0)
+        plant("cold", 16, 6, 1100, temperature=0.05)
+        plant("hot_draft", 16, 6, 1100, draft_temperature=3.0, draft_top_p=0.99)
+        plant("few", 40, 9, 3)
+        plant("one_token", 3, 4, 1)
+        plant("no_nodes", 4, 0, 1100)
+        plant("no_requests", 0, 5, 90)
+        plant("huge", 2, 3, 151936, marks=("slow",), top_p=0.9)
     for name, options in _LENIENT.items():
         for dtype in (FP32, BF16):
             add(name, 40, 4, 1000, dtype=dtype, **options)
