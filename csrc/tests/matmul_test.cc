@@ -30,7 +30,8 @@ class Guarded {
   Guarded(size_t size, unsigned char value) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     mapped_ = (size + page - 1) / page * page + page;
-    void* first = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* first =
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (first == MAP_FAILED) throw std::bad_alloc();
     first_ = static_cast<unsigned char*>(first);
     mprotect(first_ + mapped_ - page, page, PROT_NONE);

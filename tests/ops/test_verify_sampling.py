@@ -193,7 +193,7 @@ def test_residual_dropped_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unchanged_p_between_siblings_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = reference.after_rejection
-    wrong = lambda p, q, ratio: (p, right(p, q, ratio)[1])  # noqa: E731
+    wrong = lambda p, q, ratio: (p, right(p, q, ratio)[1])
     monkeypatch.setattr(reference, "after_rejection", wrong)
     for method in ("tree", "traversal"):
         assert chance(generate("plain", method, "reference"), law("plain")) < 1e-4 / TESTS

@@ -32,9 +32,9 @@ def world(vocab: int, tree: str, target: str = "", draft: str = "", drafted: int
     q: Any = p if draft == "same" else rows(vocab, 1_000_003, pattern=draft)
     if draft == "ranked":  # the draft's most likely tokens, best first
         scores = rows(vocab, 1_000_003)
-        q = lambda prefix: tuple(torch.tensor(scores(prefix)).argsort(descending=True).tolist())  # noqa: E731
+        q = lambda prefix: tuple(torch.tensor(scores(prefix)).argsort(descending=True).tolist())
     if draft == "twice":  # a token twice
-        q = lambda prefix: (0, 0, *range(1, vocab))  # noqa: E731
+        q = lambda prefix: (0, 0, *range(1, vocab))
     return World(vocab, len(TREES[tree]), p, q, options, drafted, TREES[tree])
 
 
