@@ -62,7 +62,21 @@ def _skip_without_kernel(op: str) -> None:
         pytest.skip(f"the native library has no kernel of {op}; run `make build`")
 
 
-@pytest.fixture(params=_native.supported_capabilities() or ["cpu"])
+def capabilities(op: str) -> list[str]:
+    """The instruction sets of this machine for which an operator has code of its own: AMX has only
+    tiles, for matrix products, and otherwise runs the code of AVX512-BF16 (foreach_target.h)."""
+    multiplies = op == "matmul" or op.startswith("linear_") or op == "topk_logprobs"
+    supported = _native.supported_capabilities()
+    return [name for name in supported if multiplies or name != "amx"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "each_cpu" in metafunc.fixturenames:
+        found = capabilities(metafunc.module.OP) or ["cpu"]
+        metafunc.parametrize("each_cpu", found, indirect=True)
+
+
+@pytest.fixture
 def each_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native kernels alone, in each instruction set."""
     _skip_without_kernel(request.module.OP)
@@ -77,7 +91,7 @@ def check_on_each_cpu(request: pytest.FixtureRequest) -> Callable[[Case], None]:
 
     def check_case(case: Case) -> None:
         want, wrong = expected(case), []
-        for capability in _native.supported_capabilities():
+        for capability in capabilities(request.module.OP):
             with _native.use_capability(capability):
                 report = check(case, "cpu", want=want)
             wrong += [] if report.ok else [f"{capability}: {report.message}"]

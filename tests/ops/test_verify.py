@@ -259,11 +259,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name: str, impl: str) -> None:
+def test_wrong_arguments(name: str, impl_name: str) -> None:  # the kernel checks values
     arguments, error, message = WRONG[name]
     call = {"target_logits": T, "draft_logits": D, "draft_ids": IDS, "seed": 0, "position": 0}
     with pytest.raises(error, match=message):
-        verify(**{**call, "impl": impl, **arguments})
+        verify(**{**call, "impl": impl_name, **arguments})
 
 
 def kernel_arguments() -> dict[str, Any]:
