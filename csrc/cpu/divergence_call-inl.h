@@ -2,8 +2,7 @@
 // and divergence_backward-inl.h.
 
 inline const char* RowAt(const Logits& logits, int64_t row) {
-  const int64_t size = logits.dtype == DType::kF32 ? 4 : 2;
-  return static_cast<const char*>(logits.data) + row * logits.stride * size;
+  return static_cast<const char*>(logits.data) + row * logits.stride * ElementSize(logits.dtype);
 }
 
 // A pair's parameters; false if they are out of range.

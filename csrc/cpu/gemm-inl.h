@@ -33,9 +33,9 @@ constexpr int64_t kRowsInWork = 192;  // of a, in the second-level cache beside 
 constexpr int64_t kPackedBytes = 16 << 20;  // of the shared operand: the third-level cache
 constexpr int64_t kSumsBytes = 2 << 20;     // of a strip of tiles
 
-// Panels in work.
+// Panels in work. One of a, where each is used up before the next.
 template <class Tile>
-constexpr int64_t kStripA = Tile::kKeepsA ? 1 : kRowsInWork / Tile::kRows;
+constexpr int64_t kStripA = Tile::kTransposes ? 1 : kRowsInWork / Tile::kRows;
 template <class Tile>
 constexpr int64_t kStripB = kColumnsInWork / Tile::kColumns;
 

@@ -24,12 +24,6 @@
 namespace pd::PD_NAMESPACE {
 namespace {
 
-// Where to prefetch from number 2 k of a line: farther along it, or of kLanes lines on.
-PD_INLINE int64_t PairsAhead(int64_t k, int64_t steps, int64_t line_stride) {
-  constexpr int64_t kAhead = 8 * kLanes;
-  return k + kAhead < steps ? 2 * kAhead : kLanes * line_stride + 2 * (kAhead - steps);
-}
-
 // Packs panels of kWidth lines as PackPanels does, but [block of kLanes steps][line][step].
 template <int kWidth, class Type>
 inline void PackLinesOf(const Lines& x, int64_t panel, int64_t panels, int64_t k0, int64_t steps,
@@ -44,7 +38,7 @@ inline void PackLinesOf(const Lines& x, int64_t panel, int64_t panels, int64_t k
     float* block = to + (i - begin - in_panel) * steps + k * kWidth + in_panel * kLanes;
     const auto* p = first + i * x.line_stride + 2 * k * x.depth_stride;
     if (k + kLanes <= whole && x.depth_stride == 1) {
-      const int64_t next = PairsAhead(k, whole, x.line_stride);
+      const int64_t next = NumbersAhead(k, whole, 2, x.line_stride);
       for (int64_t l = 0; l < lines; ++l) {
         __builtin_prefetch(p + l * x.line_stride + next);
         Store(Type::Along(p + l * x.line_stride), block + l * kLanes);
@@ -88,10 +82,11 @@ inline void PackLinesOf(const Lines& x, int64_t panel, int64_t panels, int64_t k
     }                                               \
   } while (false)
 
-// With kExchanged the tile is that of the transpose of the result.
+// With kExchanged the tile is that of the transpose of the result, and the panel that is used again
+// is one of a, not of b.
 template <bool kExchanged>
 struct AmxTile {
-  static constexpr bool kTransposes = kExchanged, kKeepsA = kExchanged, kFetchesB = false;
+  static constexpr bool kTransposes = kExchanged, kFetchesB = false;
   static constexpr int kRows = 32, kColumns = 32;
   static constexpr int64_t kUnit = kLanes;  // of steps
 
@@ -131,7 +126,7 @@ struct AmxTile {
   static bool InPlace(const Lines& x, int64_t line, int64_t k, int64_t steps) {
     const bool whole = line <= x.lines && 2 * (k + steps) <= x.depth;
     const bool fit = 2 * steps == x.line_stride || x.line_stride % 1024 != 0;
-    return kKeepsA && x.dtype == DType::kBf16 && whole && fit;  // lines lie along memory
+    return kExchanged && x.dtype == DType::kBf16 && whole && fit;  // lines lie along memory
   }
   static LeftPanel LeftInPlace(const Lines& x, int64_t line, int64_t step) {
     return {static_cast<const char*>(x.data) + 2 * (line * x.line_stride + 2 * step),
@@ -167,8 +162,7 @@ struct AmxTile {
     }
     // What is written next, or summed up, is asked for between the products.
     const char* ahead = to ? to->data : reinterpret_cast<const char*>(next);
-    const int64_t stride_ahead =
-        to ? to->stride * (to->dtype == DType::kF32 ? 4 : 2) : kColumns * 4;
+    const int64_t stride_ahead = to ? to->stride * ElementSize(to->dtype) : kColumns * 4;
     int64_t left = to ? to->rows : kRows;
     const int64_t share = Ceil(kRows * kLanes, steps + 1);
     const int64_t piece =
@@ -184,12 +178,12 @@ struct AmxTile {
         __builtin_prefetch(ahead, 1);
         __builtin_prefetch(ahead + 64, 1);
       }
-      PD_LOAD_TILE(4, !kKeepsA, a.data, a.line);
-      PD_LOAD_TILE(6, kKeepsA, b, kColumns * 4);
+      PD_LOAD_TILE(4, !kExchanged, a.data, a.line);
+      PD_LOAD_TILE(6, kExchanged, b, kColumns * 4);
       _tile_dpbf16ps(0, 4, 6);
-      PD_LOAD_TILE(7, kKeepsA, b + 16, kColumns * 4);
+      PD_LOAD_TILE(7, kExchanged, b + 16, kColumns * 4);
       _tile_dpbf16ps(1, 4, 7);
-      PD_LOAD_TILE(5, !kKeepsA, a.data + 16 * a.line, a.line);
+      PD_LOAD_TILE(5, !kExchanged, a.data + 16 * a.line, a.line);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }

@@ -128,6 +128,14 @@ struct F32Pairs {
 };
 #endif
 
+// From step k of kLanes lines, of which `steps` are packed one group of lines after the other: how
+// many numbers ahead to prefetch, farther along each line, or of the next lines. Lines far apart
+// are as many streams as no prefetcher of the processor follows.
+PD_INLINE int64_t NumbersAhead(int64_t k, int64_t steps, int64_t step, int64_t line_stride) {
+  constexpr int64_t kAhead = 8 * kLanes;
+  return k + kAhead < steps ? kAhead * step : kLanes * line_stride + (kAhead - steps) * step;
+}
+
 // Packs `steps` whole steps of kLanes lines (only `lines` of them exist; the others are anything)
 // at p, and a half one after them if `half`: step k of line i goes to to[k * stride + i].
 template <class Type>
@@ -166,11 +174,8 @@ inline void PackLanes(const typename Type::T* p, const Lines& x, int64_t lines, 
       }
     }
   }
-  // Lines far apart are as many streams as no prefetcher of the processor follows.
-  constexpr int64_t kAhead = 6 * kLanes;
   for (; k + kLanes <= steps; k += kLanes) {
-    const int64_t next = k + kAhead < steps ? (k + kAhead) * kStep
-                                            : kLanes * x.line_stride + (k + kAhead - steps) * kStep;
+    const int64_t next = k * kStep + NumbersAhead(k, steps, kStep, x.line_stride);
     for (int i = 0; i < kLanes; ++i) __builtin_prefetch(line[i] + next);
     if constexpr (Type::kAsIs) {
       const float* from[kLanes];
@@ -277,7 +282,7 @@ struct Ahead {
 
 // That of lines [begin, end) of an operand over numbers [k0, k1) of the depth.
 inline Ahead AheadOf(const Lines& x, int64_t begin, int64_t end, int64_t k0, int64_t k1) {
-  const int64_t size = x.dtype == DType::kF32 ? 4 : 2;
+  const int64_t size = ElementSize(x.dtype);
   const int64_t lines = Least(end, x.lines) - begin, depth = Least(k1, x.depth) - k0;
   const char* data =
       static_cast<const char*>(x.data) + (begin * x.line_stride + k0 * x.depth_stride) * size;
@@ -302,7 +307,7 @@ struct Corner {
 // The place of element (row, column) of the result as it is stored.
 PD_INLINE Corner CornerAt(const GemmArgs& g, int64_t row, int64_t column, int64_t rows,
                           int64_t columns) {
-  const int64_t size = g.out_dtype == DType::kF32 ? 4 : 2;
+  const int64_t size = ElementSize(g.out_dtype);
   return {static_cast<char*>(g.out) + (row * g.out_stride + column) * size,
           g.out_dtype,
           g.out_stride,

@@ -22,8 +22,7 @@ struct VectorTile {
 #else
   static constexpr int kRows = 4, kVectors = 4;
 #endif
-  static constexpr bool kTransposes = false;  // what it writes
-  static constexpr bool kKeepsA = false;      // a panel of a in the first-level cache, not of b
+  static constexpr bool kTransposes = false;  // the result
   static constexpr bool kFetchesB = true;     // needs the next panel of b prefetched
   static constexpr int kColumns = kVectors * kLanes;
   static constexpr int64_t kUnit = 1;  // of steps

@@ -53,7 +53,7 @@ struct Row {
   // one line is asked for twice.
   PD_INLINE void Prefetch(int64_t begin) const {
     if constexpr (kLanes > 1) {
-      const int64_t size = dtype == DType::kF32 ? 4 : 2;
+      const int64_t size = ElementSize(dtype);
       __builtin_prefetch(data + begin * size);
       __builtin_prefetch(data + (begin + kLanes) * size);
     }
@@ -152,8 +152,6 @@ PD_INLINE void StoreBlock(const float* x, int64_t n, DType dtype, char* out, int
   }
   std::memcpy(p + whole, last, static_cast<size_t>(n - whole) * sizeof(uint16_t));
 }
-
-PD_INLINE int64_t ElementSize(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
 PD_INLINE void ZeroColumns(char* row, DType dtype, int64_t begin, int64_t end) {
   const int64_t size = ElementSize(dtype);

@@ -47,7 +47,7 @@ class Exact {
 
 using Bytes = Exact<unsigned char>;
 
-inline size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+inline size_t size_of(DType dtype) { return static_cast<size_t>(ElementSize(dtype)); }
 
 // Logits are multiples of 1/8 in (-8, 8): exact in every dtype, and simple to encode.
 inline void encode(float x, DType dtype, unsigned char* out) {

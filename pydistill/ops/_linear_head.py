@@ -172,7 +172,7 @@ class Tiles:
     def logits(self, rows: slice, columns: slice) -> Tensor:
         """fp32 `[rows, columns]`, to be overwritten."""
         head, n, width = self.head, rows.stop - rows.start, columns.stop - columns.start
-        stride = width if self._buffer.is_cuda else row_stride(width)
+        stride = row_stride(width) if self._buffer.device.type == "cpu" else width
         if self._buffer.numel() < n * stride:
             self._buffer = self._buffer.new_empty(n * stride)
         out = self._buffer[: n * stride].view(n, stride)[:, :width]
@@ -272,7 +272,7 @@ class Kept:
     def __init__(self, rows: int, vocab: int, memory: Tensor) -> None:
         self.memory = memory
         self._rows, self._vocab, self._fit = rows, vocab, min(rows, memory.shape[1])
-        self._rest = _uninitialised(memory.new_empty(()).expand((rows - self._fit) * vocab))
+        self._rest = _memory.empty_like(memory.new_empty(()).expand((rows - self._fit) * vocab))
 
     @staticmethod
     def of(tiles: Tiles, out: Gradients) -> Kept | None:
@@ -297,33 +297,36 @@ class Kept:
         return column_tiles(self._vocab)
 
     def parts(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Rows, and the gradients of their `columns`."""
-        width, rest = columns.stop - columns.start, self._rows - self._fit
-        inside = self.memory[columns].view(-1)[: self._fit * width]
-        yield slice(0, self._fit), inside.view(self._fit, width)
+        """Rows, and the gradients of their `columns`, which are a tile's."""
+        for rows, tiles in self._tiles(columns, columns.stop - columns.start):
+            yield rows, tiles[0]
+
+    def _tiles(self, columns: slice, width: int) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and the gradients `[tiles, rows, width]` of their `columns`, which are those of
+        whole tiles of `width`."""
+        count, room = (columns.stop - columns.start) // width, self.memory.shape[1]
+        inside = self.memory[columns].view(count, width * room)[:, : self._fit * width]
+        yield slice(0, self._fit), inside.unflatten(1, (self._fit, width))
+        rest = self._rows - self._fit
         if rest:
             outside = self._rest[rest * columns.start : rest * columns.stop]
-            yield slice(self._fit, self._rows), outside.view(rest, width)
+            yield slice(self._fit, self._rows), outside.view(count, rest, width)
 
     def put(self, grad: Tensor, rows: slice) -> None:
-        """`grad [rows, V]` to its tiles: those of one width at once."""
+        """`grad [rows, V]` to its tiles: to all of one width at once."""
         tiles = list(self.columns())
         width = tiles[0].stop
-        alike = sum(columns.stop - columns.start == width for columns in tiles)
-        for group in (tiles[:alike], tiles[alike:]):
-            if not group:
+        whole = self._vocab // width * width
+        for columns in (slice(0, whole), slice(whole, self._vocab)):
+            if columns.start == columns.stop:
                 continue
-            wide = group[0].stop - group[0].start
-            some = grad[:, group[0].start : group[-1].stop].unflatten(1, (len(group), wide))
-            for place, part in self.parts(group[0]):
+            wide = min(width, columns.stop - columns.start)
+            some = grad[:, columns].unflatten(1, (-1, wide)).transpose(0, 1)
+            for place, part in self._tiles(columns, wide):
                 first, last = max(place.start, rows.start), min(place.stop, rows.stop)
-                if first >= last:
-                    continue
-                step = wide * (self.memory.shape[1] if place.start == 0 else part.shape[0])
-                every = part.as_strided((len(group), *part.shape), (step, wide, 1))
-                every[:, first - place.start : last - place.start] = some[
-                    first - rows.start : last - rows.start
-                ].transpose(0, 1)
+                if first < last:
+                    into = part[:, first - place.start : last - place.start]
+                    into.copy_(some[:, first - rows.start : last - rows.start])
 
 
 class TileSums:
@@ -449,17 +452,10 @@ def new_gradients(
         shape = like.shape if need else (0,)
         dtype = torch.float32 if partial and x is head.hidden else like.dtype
         if need and dtype == like.dtype:
-            found.append(_uninitialised(like))
+            found.append(_memory.empty_like(like))
         else:
             found.append(torch.empty(shape, dtype=dtype, device=like.device))
     return tuple(found)
-
-
-def _uninitialised(like: Tensor) -> Tensor:
-    """Contiguous memory of a tensor's shape and dtype."""
-    if _rows.values_readable(like):
-        return _memory.empty_like(like)
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
 
 
 def wanted(hidden: Tensor, weight: Tensor, bias: Tensor) -> Gradients:

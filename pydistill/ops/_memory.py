@@ -16,6 +16,8 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from pydistill.ops._rows import values_readable
+
 LEAST = 32 << 20  # bytes; smaller blocks the C library keeps itself
 _HUGE_PAGE = 2 << 20
 
@@ -23,11 +25,11 @@ _kept: list[mmap.mmap] = []  # at most one
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Uninitialised and contiguous, of the shape and dtype of `x`, a plain CPU tensor outside any
-    tracing."""
+    """Uninitialised and contiguous, of the shape, dtype and device of `x`. Elsewhere than in eager
+    calls on the CPU, and for small blocks, it is torch's own memory."""
     size = x.numel() * x.element_size()
-    if size < LEAST or not hasattr(mmap, "MADV_FREE"):
-        return torch.empty(x.shape, dtype=x.dtype)
+    if size < LEAST or not hasattr(mmap, "MADV_FREE") or not values_readable(x):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     try:
         block = _kept.pop()
     except IndexError:

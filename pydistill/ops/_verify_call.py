@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -190,9 +191,10 @@ def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tens
     if not isinstance(value, Tensor):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError(f"{name}={value} does not fit in an int64; choose a smaller one.")
-        if name == "position" or not isinstance(value, int) or torch.compiler.is_compiling():
-            return torch.full((1,), int(value), dtype=torch.int64, device=device)
-        return kept_integer(value, device)
+        make = partial(torch.full, (1,), int(value), dtype=torch.int64, device=device)
+        if name == "position" or not isinstance(value, int):  # positions do not repeat
+            return make()
+        return kept((value, device), make)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} has dtype {value.dtype}; pass an int64 tensor [B].")
     _rows.check_device(name, value, device)
@@ -209,8 +211,8 @@ _kept: dict[Any, Tensor] = {}
 
 
 def kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
-    if torch._C._len_torch_dispatch_stack():  # under a tracer, tensors are its own
-        return make()
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return make()  # under a tracer, tensors are its own
     found = _kept.get(key)
     if found is None:
         found = make()
@@ -220,10 +222,6 @@ def kept(key: Any, make: Callable[[], Tensor]) -> Tensor:
             _kept.clear()
         _kept[key] = found
     return found
-
-
-def kept_integer(value: int, device: torch.device) -> Tensor:
-    return kept((value, device), lambda: torch.full((1,), value, dtype=torch.int64, device=device))
 
 
 def check_integers(name: str, value: Tensor, low: int, high: int | None, what: str) -> None:
@@ -271,11 +269,9 @@ def warper_rows(
                 columns.append((len(numbers), value))
                 value = _OFF[i]
             numbers.append(value)
-    row = torch.tensor([numbers], dtype=torch.float64, device=device) if (
-        torch.compiler.is_compiling()
-    ) else kept(
+    row = kept(
         (*numbers, device), lambda: torch.tensor([numbers], dtype=torch.float64, device=device)
-    )  # fmt: skip
+    )
     if not columns:
         return row
     parts = dict(columns)

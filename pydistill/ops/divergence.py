@@ -442,12 +442,7 @@ class _DivergenceBackward(torch.autograd.Function):
         grouped: tuple[Tensor | None, Tensor | None] = (None, None)
         if inputs.student_rows is not None:
             grouped = _rows.group_by_row(inputs.student_rows, inputs.student.shape[0])
-        if _rows.values_readable(inputs.student):
-            grad = _memory.empty_like(inputs.student)
-        else:
-            grad = torch.empty(
-                inputs.student.shape, dtype=inputs.student.dtype, device=inputs.student.device
-            )
+        grad = _memory.empty_like(inputs.student)
         _registry.overload("divergence_bwd", backend)(
             *inputs[:4],
             *grouped,

@@ -387,10 +387,7 @@ class _TokenLogprobBackward(torch.autograd.Function):
         ups = [grad_logprob, grad_entropy]
         if counted is not None:
             ups = [torch.where(counted, x, 0) for x in ups]
-        if _rows.values_readable(logits):
-            grad = _memory.empty_like(logits)
-        else:
-            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        grad = _memory.empty_like(logits)
         _registry.overload("token_logprob_bwd", backend)(
             logits, ids, params, saved, *(x.contiguous() for x in ups), temperature, grad
         )

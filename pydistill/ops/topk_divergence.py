@@ -374,10 +374,7 @@ class _TopkDivergenceBackward(torch.autograd.Function):
     ) -> Tensor:
         if counted is not None:
             grad_rows = torch.where(counted, grad_rows, 0)
-        if _rows.values_readable(student):
-            grad = _memory.empty_like(student)
-        else:
-            grad = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        grad = _memory.empty_like(student)
         _registry.overload("topk_divergence_bwd", backend)(
             student, ids, log_p, log_tail, params, saved, grad_rows.contiguous(), *options, grad
         )

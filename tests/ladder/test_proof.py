@@ -1,6 +1,8 @@
 """The record of the full ladder: when it is given, and what it depends on."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,18 +19,35 @@ from tools.ladder.mutants import (
 pytestmark = pytest.mark.ladder
 
 
+Climb = Callable[..., tuple[dict[str, dict[str, Any]] | None, list[str]]]
+
+
+@pytest.fixture
+def climb(monkeypatch: pytest.MonkeyPatch) -> Climb:
+    """`proof.climb` with test functions of these names, which pass but for the `failing` one: the
+    records, and the tests that ran."""
+
+    def climb(
+        tests: list[str], *arguments: Any, failing: str | None = None
+    ) -> tuple[dict[str, dict[str, Any]] | None, list[str]]:
+        ran: list[str] = []
+
+        def run(test: str) -> bool:
+            ran.append(test)
+            return test != failing
+
+        monkeypatch.setattr(proof, "_test_functions", lambda: tests)
+        monkeypatch.setattr(proof, "_run", run)
+        return proof.climb(*arguments), sorted(ran)
+
+    return climb
+
+
 @pytest.mark.parametrize("failing", [None, "first", "last"])
-def test_one_failure_gives_no_record(failing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-
-    def run(test: str) -> bool:
-        ran.append(test)
-        return test != failing
-
-    monkeypatch.setattr(proof, "_test_functions", lambda: ["first", "middle", "last"])
-    monkeypatch.setattr(proof, "_run", run)
-    assert proof.climb(None) == (proof.records() if failing is None else None)
-    assert sorted(ran) == ["first", "last", "middle"]
+def test_one_failure_gives_no_record(failing: str | None, climb: Climb) -> None:
+    found, ran = climb(["first", "middle", "last"], None, failing=failing)
+    assert found == (proof.records() if failing is None else None)
+    assert ran == ["first", "last", "middle"]
 
 
 def test_sources_that_change_meanwhile_give_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,22 +107,19 @@ def test_fingerprint_sees_names_and_contents(tmp_path: Path, monkeypatch) -> Non
     assert proof.fingerprint([one, two]) != both
 
 
-def test_only_the_changed_kernels_climb(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_changed_kernels_climb(climb: Climb) -> None:
     tests = [
         "tests/ladder/test_cusim.py::a",
         "tests/ladder/test_divergence_cuda.py::a",
         "tests/ladder/test_divergence_triton_compile.py::a",
         "tests/ladder/test_topk_divergence_cuda.py::a",
     ]
-    ran: list[str] = []
-    monkeypatch.setattr(proof, "_test_functions", lambda: tests)
-    monkeypatch.setattr(proof, "_run", lambda test: not ran.append(test))
-    found = proof.climb({"cuda divergence proof"})
+    found, ran = climb(tests, {"cuda divergence proof"})
     assert found is not None and found.keys() == {"cuda divergence proof"}
-    assert sorted(ran) == tests[:2]
+    assert ran == tests[:2]
 
 
-def test_a_changed_definition_climbs_without_mutants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_definition_climbs_without_mutants(climb: Climb) -> None:
     tests = [
         "tests/ladder/test_cusim.py::a",
         "tests/ladder/test_divergence_cuda.py::test_every_case",
@@ -112,13 +128,10 @@ def test_a_changed_definition_climbs_without_mutants(monkeypatch: pytest.MonkeyP
         "tests/ladder/test_topk_divergence_cuda.py::test_mutants_die",
         "tests/ladder/test_topk_logprobs_triton.py::test_table",
     ]
-    ran: list[str] = []
-    monkeypatch.setattr(proof, "_test_functions", lambda: tests)
-    monkeypatch.setattr(proof, "_run", lambda test: not ran.append(test))
     keys = ["cuda divergence proof", "cuda topk_divergence proof"]
-    found = proof.climb({keys[0]}, {keys[1]})
+    found, ran = climb(tests, {keys[0]}, {keys[1]})
     assert found is not None and sorted(found) == keys
-    assert sorted(ran) == tests[:4]
+    assert ran == tests[:4]
 
 
 def test_what_asks_for_the_mutants_again() -> None:

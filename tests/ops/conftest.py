@@ -3,8 +3,8 @@
 `impl` runs a test on the reference and on the native kernels as they are chosen by default, which
 is enough for what does not hang on the instruction set; `each_cpu` on every instruction set, and
 `check_on_each_cpu` a case likewise, whose truth is computed once. Where the native kernels are
-missing, impl="cpu" still runs: through the whole torch layer, with the
-reference in the kernels' place, so that autograd, vmap and compile are tested without a compiler.
+missing, impl="cpu" still runs: through the whole torch layer, with the reference in the kernels'
+place, so that autograd, vmap and compile are tested without a compiler.
 """
 
 from collections.abc import Callable, Iterator
