@@ -62,6 +62,13 @@ def _skip_without_kernel(op: str) -> None:
         pytest.skip(f"the native library has no kernel of {op}; run `make build`")
 
 
+@pytest.fixture
+def native_impl(request: pytest.FixtureRequest) -> str:
+    """`kernel_impl` for what only the native kernels do: skipped where they are missing."""
+    _skip_without_kernel(request.module.OP)
+    return "cpu"
+
+
 def capabilities(op: str) -> list[str]:
     """The instruction sets of this machine for which an operator has code of its own: AMX has only
     tiles, for matrix products, and otherwise runs the code of AVX512-BF16 (foreach_target.h)."""

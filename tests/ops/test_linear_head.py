@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pydistill import (
-    _native,
     _registry,
     linear_divergence,
     linear_token_logprob,
@@ -70,9 +69,6 @@ WAYS = pytest.mark.parametrize(
     [(m, way) for m in (dense, sparse) for way in ("recompute", "in_forward")]
     + [(token, "recompute")],
 )
-needs_native = pytest.mark.skipif(
-    not _native.available(), reason="the definition has derivatives of any order"
-)
 
 
 def student(
@@ -104,7 +100,7 @@ def test_tiles_do_not_matter(make: Any, mode: str, each_cpu: str, monkeypatch: A
 @pytest.mark.parametrize(
     "dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
 )
-@needs_native
+@pytest.mark.usefixtures("native_impl")
 def test_where_the_gradients_of_logits_are_kept_does_not_matter(
     rows: int, dtypes: Any, monkeypatch: Any
 ) -> None:
@@ -161,24 +157,22 @@ def test_any_upstream_and_a_second_backward(make: Any, impl: str) -> None:
 
 
 @DIVERGENCES
-def test_in_forward_is_for_one_backward(make: Any, kernel_impl: str) -> None:
-    if not _native.available():
-        pytest.skip("the reference leaves gradients to autograd")
+def test_in_forward_is_for_one_backward(make: Any, native_impl: str) -> None:
     call, (hidden, weight) = make(6, 50), student(6, 50)
-    loss = call(hidden, weight, gradient="in_forward", impl=kernel_impl)
+    loss = call(hidden, weight, gradient="in_forward", impl=native_impl)
     (2.5 * loss).backward(retain_graph=True)
-    want = torch.autograd.grad(2.5 * call(hidden, weight, impl=kernel_impl), (hidden, weight))
+    want = torch.autograd.grad(2.5 * call(hidden, weight, impl=native_impl), (hidden, weight))
     close((hidden.grad, weight.grad), want, rtol=1e-5, atol=1e-7)
     with pytest.raises(RuntimeError, match="for one backward"):
         loss.backward()
-    again = call(hidden, weight, gradient="in_forward", impl=kernel_impl)
+    again = call(hidden, weight, gradient="in_forward", impl=native_impl)
     with pytest.raises(RuntimeError, match="no second derivatives"):
         torch.autograd.grad(again, hidden, create_graph=True)
     with torch.no_grad():
-        assert not call(hidden, weight, gradient="in_forward", impl=kernel_impl).requires_grad
+        assert not call(hidden, weight, gradient="in_forward", impl=native_impl).requires_grad
     row_weight = torch.ones(6, requires_grad=True)
     with pytest.raises(ValueError, match="no gradient to weight"):
-        call(hidden, weight, weight=row_weight, gradient="in_forward", impl=kernel_impl)
+        call(hidden, weight, weight=row_weight, gradient="in_forward", impl=native_impl)
 
 
 @WAYS
@@ -243,17 +237,16 @@ def test_under_autocast(make: Any, mode: str, impl: str) -> None:
 
 
 @OPS
-@needs_native
-def test_second_derivatives_raise(make: Any, kernel_impl: str) -> None:
+def test_second_derivatives_raise(make: Any, native_impl: str) -> None:
     call, (hidden, weight) = make(6, 50), student(6, 50)
-    loss = call(hidden, weight, impl=kernel_impl)
+    loss = call(hidden, weight, impl=native_impl)
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only; pass impl='reference'"):
         grad.sum().backward()
     tangent = torch.ones_like(hidden)
     with pytest.raises(RuntimeError, match="no forward mode; pass impl='reference'"):
         torch.func.jvp(
-            lambda h: call(h, weight.detach(), impl=kernel_impl), (hidden.detach(),), (tangent,)
+            lambda h: call(h, weight.detach(), impl=native_impl), (hidden.detach(),), (tangent,)
         )
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     if make is not dense:

@@ -274,21 +274,17 @@ def test_wrong_arguments(name: str, impl: str) -> None:
         topk_logprobs(**{"logits": X, "k": 3, "impl": impl, **arguments})
 
 
-def test_kernels_flag_a_temperature_they_cannot_use(kernel_impl: str) -> None:
-    if not HAS_NATIVE:
-        pytest.skip("the reference leaves the temperature to the checks above it")
+def test_kernels_flag_a_temperature_they_cannot_use(native_impl: str) -> None:
     for temperature in (0.0, -1.0, math.inf, math.nan):
         ids, logprobs = torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3)
         tail, lse = torch.zeros(4), torch.zeros(4)
-        op = _registry.overload("topk_logprobs_fwd", kernel_impl)
+        op = _registry.overload("topk_logprobs_fwd", native_impl)
         op(X, 3, temperature, ids, logprobs, tail, lse)
         assert (ids == -1).all() and all(x.isnan().all() for x in (logprobs, tail, lse))
 
 
-def test_memory_safety_is_checked_below_python(kernel_impl: str) -> None:
-    if not HAS_NATIVE:
-        pytest.skip("the native library has no such kernel; run `make build`")
-    op = _registry.overload("topk_logprobs_fwd", kernel_impl)
+def test_memory_safety_is_checked_below_python(native_impl: str) -> None:
+    op = _registry.overload("topk_logprobs_fwd", native_impl)
     good = {
         "k": 3, "ids": torch.zeros(4, 3).long(), "logprobs": torch.zeros(4, 3),
         "tail": torch.zeros(4), "lse": torch.zeros(4),
