@@ -147,7 +147,6 @@ def test_selftest_runs_every_backend_present(run: Run) -> None:
     assert out.splitlines()[-1] == f"{len(_registry.OPERATORS) * found['cases']} cases, all right"
 
 
-@pytest.mark.usefixtures("few_cases")
 @pytest.mark.skipif(not _native.available(), reason="no native kernels; run `make build`")
 @pytest.mark.parametrize("op", _registry.public())
 def test_selftest_gives_the_kernels_every_case(op: str) -> None:
@@ -155,6 +154,7 @@ def test_selftest_gives_the_kernels_every_case(op: str) -> None:
     assert [case for case in selftest.load(op) if not selftest._serves(case, "cpu", "cpu")] == []
 
 
+@pytest.mark.usefixtures("few_cases")
 def test_selftest_fails_for_a_wrong_result_and_for_an_exception(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
