@@ -2,7 +2,7 @@
 
 `impl` runs a test on the reference and on the native kernels as they are chosen by default, which
 is enough for what does not hang on the instruction set; `each_cpu` on every instruction set, and
-`check_on_each_cpu` a case likewise, whose truth is computed once. Where the native kernels are
+`check_everywhere` a case on all of these. Where the native kernels are
 missing, impl="cpu" still runs: through the whole torch layer, with the reference in the kernels'
 place, so that autograd, vmap and compile are tested without a compiler.
 """
@@ -92,13 +92,17 @@ def each_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def check_on_each_cpu(request: pytest.FixtureRequest) -> Callable[[Case], None]:
-    """Fails unless the native kernels agree with the truth of a case in every instruction set."""
-    _skip_without_kernel(request.module.OP)
+def check_everywhere(request: pytest.FixtureRequest) -> Callable[[Case], None]:
+    """Fails unless the reference, in the precision of its inputs, and the native kernels agree with
+    the truth of a case, which is computed once; these in every instruction set, but in the default
+    one alone where the case is slow."""
+    found = capabilities(request.module.OP) if native(request.module.OP) else []
 
     def check_case(case: Case) -> None:
-        want, wrong = expected(case), []
-        for capability in capabilities(request.module.OP):
+        want = expected(case)
+        report = check(case, "reference", want=want)
+        wrong = [] if report.ok else [f"reference: {report.message}"]
+        for capability in found[-1:] if "slow" in case.marks else found:
             with _native.use_capability(capability):
                 report = check(case, "cpu", want=want)
             wrong += [] if report.ok else [f"{capability}: {report.message}"]

@@ -7,7 +7,7 @@ import torch
 
 from pydistill import cache_decode
 from pydistill.reference.cache_decode import VOCAB_LIMIT, layout
-from pydistill.testing import Case, check, load
+from pydistill.testing import Case, load
 
 OP = "cache_decode"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
@@ -15,16 +15,8 @@ TABLE = [case for case in load(OP) if "bench" not in case.marks]
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
 @pytest.mark.parametrize("name", ["reference", "auto"])
-def test_case(case: Case, name: str) -> None:
-    report = check(case, name)
-    assert report.ok, report.message
-
-
-@pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_cpu_on_every_instruction_set(
-    case: Case, check_on_each_cpu: Callable[[Case], None]
-) -> None:
-    check_on_each_cpu(case)
+def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
+    check_everywhere(case)
 
 
 def test_by_hand(impl: str) -> None:

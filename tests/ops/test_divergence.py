@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pydistill import KINDS, divergence, divergence_with_stats
-from pydistill.testing import Case, Expected, Tolerance, check, expected, load
+from pydistill.testing import Case, Expected, Tolerance, expected, load
 from pydistill.testing.case import compare
 
 OP = "divergence"
@@ -166,17 +166,9 @@ def table(cases: list[Case]) -> list[object]:
     return [pytest.param(case, id=case.id, marks=slow["slow" in case.marks]) for case in cases]
 
 
-@pytest.mark.parametrize("case", table(TABLE))
-def test_reference_in_the_inputs_precision(case: Case) -> None:
-    report = check(case, "reference")
-    assert report.ok, report.message
-
-
 @pytest.mark.parametrize("case", table(TABLE + [c.gate for c in BENCH if c.gate is not None]))
-def test_cpu_on_every_instruction_set(
-    case: Case, check_on_each_cpu: Callable[[Case], None]
-) -> None:
-    check_on_each_cpu(case)
+def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
+    check_everywhere(case)
 
 
 def test_near_equal_cases_are_what_they_claim() -> None:

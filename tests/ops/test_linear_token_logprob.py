@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pydistill import linear_token_logprob, token_logprob
-from pydistill.testing import Case, check, load
+from pydistill.testing import Case, load
 
 OP = "linear_token_logprob"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
@@ -16,16 +16,8 @@ close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_case(case: Case, impl_name: str) -> None:
-    report = check(case, impl_name)
-    assert report.ok, report.message
-
-
-@pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_cpu_on_every_instruction_set(
-    case: Case, check_on_each_cpu: Callable[[Case], None]
-) -> None:
-    check_on_each_cpu(case)
+def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
+    check_everywhere(case)
 
 
 def test_case_ids_are_unique() -> None:

@@ -1,6 +1,7 @@
 """`matmul`: the table of cases on every instruction set, exact products of any shape and layout,
 and what it refuses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from pydistill import _native, _registry
 from pydistill.ops.matmul import OP as OPERATOR
 from pydistill.ops.matmul import matmul
 from pydistill.reference.matmul import matmul_reference
-from pydistill.testing import Case, check, expected, load
+from pydistill.testing import Case, load
 from pydistill.testing.cases.matmul import LAYOUTS, lay
 
 OP = "matmul"
@@ -30,14 +31,8 @@ def whole(m: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_case(case: Case) -> None:
-    want = expected(case)
-    report = check(case, "reference", want=want)
-    assert report.ok, report.message
-    for capability in _native.supported_capabilities() if HAS_NATIVE else ():
-        with _native.use_capability(capability):
-            report = check(case, "cpu", want=want)
-        assert report.ok, f"{capability}: {report.message}"
+def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
+    check_everywhere(case)
 
 
 def test_table_covers_what_it_should() -> None:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from pydistill import TokenLogprob, _registry, token_logprob, token_logprob_jvp
 from pydistill.ops.token_logprob import _forward_out, backward_reference
 from pydistill.reference.token_logprob import DEPTH, LOG_Z, LOGPROB, MAX, SAVED, STATUS
-from pydistill.testing import Case, check, load
+from pydistill.testing import Case, load
 
 OP = "token_logprob"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
@@ -53,16 +53,8 @@ def test_gradients_of_the_maths_page() -> None:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_case(case: Case, impl_name: str) -> None:
-    report = check(case, impl_name)
-    assert report.ok, report.message
-
-
-@pytest.mark.parametrize("case", [case for case in TABLE if "slow" not in case.marks], ids=repr)
-def test_cpu_on_every_instruction_set(
-    case: Case, check_on_each_cpu: Callable[[Case], None]
-) -> None:
-    check_on_each_cpu(case)
+def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
+    check_everywhere(case)
 
 
 def test_table_covers_what_it_should() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pydistill import TopkLogprobs, _native, _registry, divergence, topk_divergence, topk_logprobs
-from pydistill.testing import Case, check, load
+from pydistill.testing import Case, load
 
 OP = "topk_logprobs"
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
@@ -56,16 +56,8 @@ def test_reference_against_a_sort() -> None:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_case(case: Case, impl_name: str) -> None:
-    report = check(case, impl_name)
-    assert report.ok, report.message
-
-
-@pytest.mark.parametrize("case", [case for case in TABLE if "slow" not in case.marks], ids=repr)
-def test_cpu_on_every_instruction_set(
-    case: Case, check_on_each_cpu: Callable[[Case], None]
-) -> None:
-    check_on_each_cpu(case)
+def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
+    check_everywhere(case)
 
 
 def test_table_covers_what_it_should() -> None:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from pydistill import VerifyResult, _registry, verify
 from pydistill.ops.verify import BAD_DRAFT, BAD_ID, BAD_TARGET, IMPOSSIBLE
 from pydistill.reference import verify as reference
-from pydistill.testing import Case, check, expected, load
+from pydistill.testing import Case, expected, load
 from verify_law import by_hand
 
 OP = "verify"
@@ -49,16 +49,8 @@ def test_coins_are_philox() -> None:
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-def test_case(case: Case, impl_name: str) -> None:
-    report = check(case, impl_name)
-    assert report.ok, report.message
-
-
-@pytest.mark.parametrize("case", [case for case in TABLE if "slow" not in case.marks], ids=repr)
-def test_cpu_on_every_instruction_set(
-    case: Case, check_on_each_cpu: Callable[[Case], None]
-) -> None:
-    check_on_each_cpu(case)
+def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
+    check_everywhere(case)
 
 
 def test_table_covers_what_it_should() -> None:
