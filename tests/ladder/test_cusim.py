@@ -482,7 +482,7 @@ COMMON_MUTANTS = [
 
 def test_some_mutants_die() -> None:
     source = FIXTURES / "row_logsumexp.cu"
-    assert_all_killed(run_mutants(source, ROW_MUTANTS[::5], check_row_logsumexp))
+    assert_all_killed(run_mutants(source, ROW_MUTANTS[::10], check_row_logsumexp))
 
 
 @pytest.mark.ladder_full

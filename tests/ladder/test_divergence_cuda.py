@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from pydistill import KINDS, divergence, divergence_with_stats
-from pydistill.testing import cases
 from pydistill.testing.case import Case, Expected, check, expected
+from tools.ladder.cases import covering, emulated
 from tools.ladder.cuda.divergence import SOURCE, Call, simulated
 from tools.ladder.cuda.nvcc import TARGETS, compile_targets, find_nvcc
 from tools.ladder.cuda.sim import CudaSim, cache_folder, content_key, run_compiler, source_closure
@@ -48,9 +48,8 @@ def assert_right(case: Case, sim: CudaSim, order: str, want: Mapping[str, Expect
         assert report.ok, f"{order} {report.message}"
 
 
-def in_turn(mark: str | None) -> list[tuple[Case, str]]:
+def in_turn(chosen: list[Case]) -> list[tuple[Case, str]]:
     """Each case with one order, the orders by turns within a kind."""
-    chosen = [c for c in cases.load("divergence", mark) if not c.marks & {"slow", "bench"}]
     seen: Counter[str] = Counter()
     pairs = []
     for case in chosen:
@@ -60,14 +59,14 @@ def in_turn(mark: str | None) -> list[tuple[Case, str]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("case", "order"), in_turn("ladder"), ids=str)
+@pytest.mark.parametrize(("case", "order"), in_turn(covering("divergence")), ids=str)
 def test_case(case: Case, order: str) -> None:
     assert_right(case, hooked(), order, expected(case))
 
 
 @pytest.mark.ladder_full
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("case", "order"), in_turn(None), ids=str)
+@pytest.mark.parametrize(("case", "order"), in_turn(emulated("divergence")), ids=str)
 def test_every_case(case: Case, order: str) -> None:
     """Values in every thread order; memory, which costs ten times as much to watch, in one."""
     want = expected(case)

@@ -16,7 +16,7 @@ def run(file: str, chosen: list[Mutant]) -> None:
 
 @pytest.mark.ladder
 def test_some_mutants_die() -> None:
-    run("divergence.py", [*mutants.FORWARD[4:10:2], *mutants.BACKWARD[4:6]])
+    run("divergence.py", [mutants.FORWARD[4], mutants.BACKWARD[4]])
 
 
 @pytest.mark.ladder_full

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from pydistill.reference.topk_divergence import SAVED, Inputs
-from pydistill.testing import cases
 from pydistill.testing.case import Case, Expected, check, expected
 from pydistill.testing.cases.topk_divergence import has_hard_terms
+from tools.ladder.cases import covering, emulated
 from tools.ladder.cuda import divergence as dense
 from tools.ladder.cuda.nvcc import TARGETS, compile_targets, find_nvcc
 from tools.ladder.cuda.sim import CudaSim, cache_folder, content_key, run_compiler, source_closure
@@ -58,21 +58,20 @@ def assert_right(case: Case, sim: CudaSim, order: str, want: Mapping[str, Expect
     assert report.ok, f"{order} {report.message}"
 
 
-def in_turn(mark: str | None) -> list[tuple[Case, str]]:
+def in_turn(chosen: list[Case]) -> list[tuple[Case, str]]:
     """Each case with one order, the orders by turns."""
-    chosen = [c for c in cases.load("topk_divergence", mark) if not c.marks & {"slow", "bench"}]
     return [(case, ORDERS[i % len(ORDERS)]) for i, case in enumerate(chosen)]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("case", "order"), in_turn("ladder"), ids=str)
+@pytest.mark.parametrize(("case", "order"), in_turn(covering("topk_divergence")), ids=str)
 def test_case(case: Case, order: str) -> None:
     assert_right(case, hooked(), order, expected(case))
 
 
 @pytest.mark.ladder_full
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("case", "order"), in_turn(None), ids=str)
+@pytest.mark.parametrize(("case", "order"), in_turn(emulated("topk_divergence")), ids=str)
 def test_every_case(case: Case, order: str) -> None:
     """Values in every thread order; memory, which costs ten times as much to watch, in one."""
     want = expected(case)

@@ -13,8 +13,8 @@ def run(chosen: list[Mutant]) -> None:
 
 
 @pytest.mark.ladder
-def test_some_mutants_die() -> None:
-    run([mutants.FORWARD[2], mutants.CELLS[0], mutants.BACKWARD[3]])
+def test_a_mutant_dies() -> None:
+    run([mutants.CELLS[0]])
 
 
 @pytest.mark.ladder_full

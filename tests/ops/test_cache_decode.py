@@ -14,7 +14,6 @@ TABLE = [case for case in load(OP) if "bench" not in case.marks]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
-@pytest.mark.parametrize("name", ["reference", "auto"])
 def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
     check_everywhere(case)
 

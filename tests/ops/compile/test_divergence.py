@@ -38,7 +38,7 @@ def same_as_eager(f: Callable[..., Tensor], student: Tensor, *others: Tensor, ba
         )
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "adaptive_kl", "alpha_beta"])
+@pytest.mark.parametrize("kind", ["jsd", "adaptive_kl"])
 def test_fullgraph(kind: str, impl: str) -> None:
     student, teacher = torch.randn(2, 2, 3, 19).unbind()
     weight, mask = torch.rand(2, 3), torch.tensor([[True, False, True], [True, True, True]])
