@@ -18,18 +18,21 @@ CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu'
 demo: build $(VENV)/hf.stamp $(VENV)/model.stamp
 	$(BIN)/pydistill demo
 
+# The C++ tests and what they are built with, in the first build already.
+test ctest: export PYDISTILL_BUILD_TESTING = 1
+
 test: ctest $(VENV)/hf.stamp $(VENV)/triton.stamp
 	$(PYTEST)
 
 ctest: build-testing
-	$(BIN)/ctest --test-dir build/native --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/native --parallel 2 --output-on-failure --no-tests=error
 
 # The C++ tests alone: a sanitized library cannot be loaded by a plain Python.
 sanitize: $(VENV)/base.stamp
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DPYDISTILL_SANITIZE=ON
 	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/sanitize --parallel 2 --output-on-failure --no-tests=error
 
 build: $(VENV)/base.stamp
 	@$(BIN)/python setup.py --quiet build_ext --inplace
