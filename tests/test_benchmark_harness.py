@@ -313,6 +313,7 @@ def test_sums(entry, record):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [0.0, 1.0])
 def test_pytest_benchmark_writes_the_interleaved_samples(tmp_path: Path, error: float) -> None:
     pytest.importorskip("pytest_benchmark", reason="needs the extra `bench`")

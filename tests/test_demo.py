@@ -25,6 +25,7 @@ def options(tiny: Path, **changes: Any) -> demo.Options:
     return demo.Options(**{"model": str(tiny), "layers": 2, "new_tokens": 8, **changes})
 
 
+@pytest.mark.slow
 def test_end_to_end(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "student"
     arguments = ["demo", "--model", str(tiny), "--layers", "2", "--steps", "12", "--json"]
@@ -49,6 +50,7 @@ def test_end_to_end(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert {path.name for path in tmp_path.iterdir()} == {"student"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_memory")
 def test_the_same_seed_gives_the_same_run(tiny: Path) -> None:
     def losses(seed: int) -> list[float]:

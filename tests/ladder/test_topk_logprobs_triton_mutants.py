@@ -13,6 +13,7 @@ def run(chosen: list[Mutant]) -> None:
 
 
 @pytest.mark.ladder
+@pytest.mark.slow
 def test_a_mutant_dies() -> None:
     run([mutants.CHOICE[2]])
 

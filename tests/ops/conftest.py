@@ -16,6 +16,15 @@ from pydistill import _native, _registry
 from pydistill.testing import Case, check, expected
 
 
+@pytest.hookimpl(tryfirst=True)  # before marks select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A slow case makes a slow test."""
+    for item in items:
+        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+        if isinstance(case, Case) and "slow" in case.marks:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     """The rows here are few, so threads only cost time; what hangs on them has its own test."""
@@ -94,15 +103,14 @@ def each_cpu(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def check_everywhere(request: pytest.FixtureRequest) -> Callable[[Case], None]:
     """Fails unless the reference, in the precision of its inputs, and the native kernels agree with
-    the truth of a case, which is computed once; these in every instruction set, but in the default
-    one alone where the case is slow."""
+    the truth of a case, which is computed once; these in every instruction set."""
     found = capabilities(request.module.OP) if native(request.module.OP) else []
 
     def check_case(case: Case) -> None:
         want = expected(case)
         report = check(case, "reference", want=want)
         wrong = [] if report.ok else [f"reference: {report.message}"]
-        for capability in found[-1:] if "slow" in case.marks else found:
+        for capability in found:
             with _native.use_capability(capability):
                 report = check(case, "cpu", want=want)
             wrong += [] if report.ok else [f"{capability}: {report.message}"]

@@ -161,12 +161,7 @@ def test_hard_labels_and_z_loss_against_torch(impl: str) -> None:
     assert got.item() == pytest.approx(float(0.7 * 4 * soft + 0.3 * hard + 0.02 * z), rel=1e-5)
 
 
-def table(cases: list[Case]) -> list[object]:
-    slow = {True: [pytest.mark.slow], False: []}
-    return [pytest.param(case, id=case.id, marks=slow["slow" in case.marks]) for case in cases]
-
-
-@pytest.mark.parametrize("case", table(TABLE + [c.gate for c in BENCH if c.gate is not None]))
+@pytest.mark.parametrize("case", TABLE + [c.gate for c in BENCH if c.gate is not None], ids=repr)
 def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
     check_everywhere(case)
 

@@ -19,6 +19,7 @@ from pydistill.reference import verify as reference
 from verify_law import by_hand
 
 OP = "verify"
+pytestmark = pytest.mark.slow
 VOCAB, TOKENS, N, FEWER = 3, 4, 200_000, 50_000
 WORLDS: dict[str, dict[str, Any]] = {
     "plain": {},

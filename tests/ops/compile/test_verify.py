@@ -10,6 +10,7 @@ from pydistill import VerifyResult, verify
 OP = "verify"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_fullgraph(dynamic: bool, impl: str) -> None:
     method = "block" if dynamic else "token"
