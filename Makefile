@@ -5,8 +5,10 @@ OP ?=
 NAME ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip --disable-pip-version-check
-EDITABLE := $(PIP) install --quiet --no-build-isolation --editable
+# One at a time, for installs run beside the native build (INSTALL_AND), which is no part of them.
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt flock $(VENV) $(BIN)/python -m pip --disable-pip-version-check
+EDITABLE := PYDISTILL_NO_NATIVE=1 $(PIP) install --quiet --no-build-isolation --editable
+INSTALL_AND := @$(MAKE) --no-print-directory -j 2
 # By files, so that a file's fixtures are made once and its kernels interpreted in one process, in
 # the order of tests/conftest.py.
 PYTEST = $(BIN)/python -m pytest -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -15,13 +17,12 @@ CXX_FILES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cpp' 'csrc/*.cu'
 .PHONY: demo test ctest sanitize build build-testing bench ladder ladder-full lint format docs room new-op clean
 .DELETE_ON_ERROR:
 
-demo: build $(VENV)/hf.stamp $(VENV)/model.stamp
+demo:
+	$(INSTALL_AND) build $(VENV)/hf.stamp $(VENV)/model.stamp
 	$(BIN)/pydistill demo
 
-# The C++ tests and what they are built with, in the first build already.
-test ctest: export PYDISTILL_BUILD_TESTING = 1
-
-test: ctest $(VENV)/hf.stamp $(VENV)/triton.stamp
+test:
+	$(INSTALL_AND) ctest $(VENV)/hf.stamp $(VENV)/triton.stamp
 	$(PYTEST)
 
 ctest: build-testing
@@ -107,7 +108,7 @@ $(VENV)/bench.stamp: $(VENV)/base.stamp benchmarks/requirements.txt
 
 # The ladder's table belongs to one compiler, and a CUDA build of torch insists on another, so this
 # goes past the resolver, and again after every other install.
-OTHER_STAMPS = $(filter-out $(VENV)/triton.stamp,$(wildcard $(VENV)/*.stamp))
+OTHER_STAMPS = $(filter-out %/triton.stamp,$(wildcard $(VENV)/*.stamp) $(filter %.stamp,$(MAKECMDGOALS)))
 $(VENV)/triton.stamp: tools/ladder/requirements.txt $(VENV)/dev.stamp $(OTHER_STAMPS)
 	$(PIP) install --quiet --no-deps -r $<
 	@touch $@

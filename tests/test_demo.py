@@ -70,6 +70,7 @@ def test_the_table_and_the_bars(tiny: Path, capsys: pytest.CaptureFixture[str]) 
     assert max(map(len, text.splitlines()[1:])) <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_memory")
 def test_a_wrong_loss_gets_no_ratio(tiny: Path) -> None:
     from dataclasses import replace
@@ -147,6 +148,7 @@ def test_an_output_that_exists_is_refused_before_the_work(
     assert (tmp_path / "mine").read_text() == "keep"
 
 
+@pytest.mark.slow
 def test_memory_is_what_a_way_allocates_above_its_inputs() -> None:
     logits = torch.randn(64, 50_000)
     found = compare._peaks(logits, torch.randn(64, 50_000))

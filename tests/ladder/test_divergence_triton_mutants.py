@@ -15,6 +15,7 @@ def run(file: str, chosen: list[Mutant]) -> None:
 
 
 @pytest.mark.ladder
+@pytest.mark.slow
 def test_some_mutants_die() -> None:
     run("divergence.py", [mutants.FORWARD[4], mutants.BACKWARD[4]])
 
