@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "common/check.h"
 #include "common/parallel.h"
@@ -39,6 +41,28 @@ const int64_t* each(const char* name, const Tensor& x, int64_t batch, int64_t& s
   return vector<int64_t>(name, x, step == 0 ? 1 : batch);
 }
 
+// Whether the ids of every drafted row are inside the vocabulary, each once; below 0 are empty
+// slots.
+bool sound_support(const VerifyArgs& a, int64_t batch) {
+  std::vector<uint64_t> seen(static_cast<size_t>(a.vocab / 64 + 1));
+  for (int64_t b = 0; b < (a.support_request_step == 0 ? 1 : batch); ++b) {
+    const int64_t drafted = a.support_row_step == 0 ? 1 : a.num_drafted[b * a.drafted_step];
+    for (int64_t i = 0; i < drafted; ++i) {
+      const int64_t* ids = a.support + b * a.support_request_step + i * a.support_row_step;
+      std::fill(seen.begin(), seen.end(), 0);
+      for (int64_t j = 0; j < a.support_size; ++j) {
+        if (ids[j] < 0) continue;
+        if (ids[j] >= a.vocab) return false;
+        uint64_t& word = seen[static_cast<size_t>(ids[j] / 64)];
+        const uint64_t bit = uint64_t{1} << (ids[j] % 64);
+        if (word & bit) return false;
+        word |= bit;
+      }
+    }
+  }
+  return true;
+}
+
 // Values that pydistill/ops/_verify_call.py explains when this throws.
 void check_values(const VerifyArgs& a, int64_t batch) {
   bool good = true;
@@ -60,7 +84,10 @@ void check_values(const VerifyArgs& a, int64_t batch) {
              inside(w[kTopP], 1e-30, 1) && w[kLogMinP] <= 0;
     }
   }
-  STD_TORCH_CHECK(good, "a value of draft_ids, num_drafted, position, tree or a warper is wrong");
+  if (good && a.support != nullptr) good = sound_support(a, batch);
+  STD_TORCH_CHECK(good,
+                  "a value of draft_ids, num_drafted, position, tree, draft_topk_ids or a warper is"
+                  " wrong");
 }
 
 void spread(int64_t blocks, void (*body)(void*, int64_t, int64_t), void* state) {
@@ -69,10 +96,11 @@ void spread(int64_t blocks, void (*body)(void*, int64_t, int64_t), void* state) 
 }
 
 void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted, Tensor warpers,
-                Tensor seed, Tensor position, MaybeTensor bias, MaybeTensor parent, int64_t method,
-                int64_t lenience, double strength, double alpha, bool check, Tensor tokens,
-                Tensor num_accepted, Tensor logprobs, Tensor overlap, Tensor tv, Tensor target_lse,
-                Tensor draft_lse, Tensor flags, Tensor path) {
+                Tensor seed, Tensor position, MaybeTensor bias, MaybeTensor parent,
+                MaybeTensor support, int64_t method, int64_t lenience, double strength,
+                double alpha, bool check, Tensor tokens, Tensor num_accepted, Tensor logprobs,
+                Tensor overlap, Tensor tv, Tensor target_lse, Tensor draft_lse, Tensor flags,
+                Tensor path) {
   VerifyArgs a{};
   STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1 && target.size(2) >= 1,
                   "target must be [B, K + 1, V]");
@@ -83,7 +111,20 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
   a.target = rows_of("target", target, batch, rows, a.vocab);
   if (draft.has_value()) {
     STD_TORCH_CHECK(draft->scalar_type() == target.scalar_type(), "draft must have target's dtype");
-    a.draft = rows_of("draft", *draft, batch, a.slots, a.vocab);
+    const bool all = !support.has_value();
+    STD_TORCH_CHECK(all || support->dim() == 3, "support must be [B or 1, K or 1, S]");
+    a.draft = rows_of("draft", *draft, batch, a.slots, all ? a.vocab : support->size(2));
+  }
+  if (support.has_value()) {
+    STD_TORCH_CHECK(draft.has_value(), "support must come with draft");
+    STD_TORCH_CHECK(a.vocab < (int64_t{1} << 31), "support must be of fewer than 2^31 tokens");
+    a.support_size = support->size(2);
+    const int64_t requests = support->size(0), each_row = support->size(1);
+    STD_TORCH_CHECK((requests == 1 || requests == batch) && (each_row == 1 || each_row == a.slots),
+                    "support must have one row, or one a request and drafted token");
+    a.support = vector<int64_t>("support", *support, requests * each_row * a.support_size);
+    a.support_row_step = each_row == a.slots ? a.support_size : 0;
+    a.support_request_step = requests == batch ? each_row * a.support_size : 0;
   }
   a.ids = vector<int64_t>("ids", ids, batch * a.slots);
   a.num_drafted = each("num_drafted", num_drafted, batch, a.drafted_step);

@@ -35,6 +35,7 @@ def prepare(
     impl: str,
     explain: bool = True,
     *,
+    draft_topk_ids: Tensor | None,
     tree: Tensor | None,
     num_drafted: int | Tensor | None,
     warpers: tuple[Any, ...],
@@ -55,12 +56,17 @@ def prepare(
     batch, rows, vocab = shape
     slots = rows - 1
     if draft is not None:
-        check_draft(draft, target)
+        check_draft(draft, target, draft_topk_ids is not None)
         if METHODS[rule.method] == "tree_target_only":
             raise ValueError(
                 "draft_logits is given, and method='tree_target_only' asks the target alone; pass"
                 " draft_logits=None, or method='tree' or 'traversal'."
             )
+    elif draft_topk_ids is not None:
+        raise ValueError(
+            "draft_topk_ids is given without draft_logits; pass the draft's logits [B, K, S] of"
+            " these tokens, or neither for a draft that does not sample."
+        )
     backend = backend_of(op, impl, device.type, target.dtype)
     check = not explain and backend == "cpu" and _rows.values_readable(target)
     known = not check and device.type == "cpu"  # values are read, where that is free
@@ -82,7 +88,10 @@ def prepare(
         positions,
         None if logit_bias is None else bias_rows(logit_bias, target),
         None if tree is None else parents(tree, ids, counts, known),
-    )
+        None if draft is None or draft_topk_ids is None else supports(
+            draft_topk_ids, draft, vocab, counts, known
+        ),
+    )  # fmt: skip
     return Call(inputs, rule, backend, check)
 
 
@@ -103,11 +112,11 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def check_draft(draft: Any, target: Tensor) -> None:
+def check_draft(draft: Any, target: Tensor, sparse: bool) -> None:
     if isinstance(draft, tuple):
         raise TypeError(
-            "draft_logits is a tuple: drafts known on K tokens a row are not built yet; pass dense"
-            " logits [B, K, V], -inf where the draft cannot sample."
+            "draft_logits is a tuple; of a draft known on S tokens a row, pass draft_logits"
+            " [B, K, S] and the tokens' ids as draft_topk_ids."
         )
     _rows.check_logits("draft_logits", draft)
     _rows.check_device("draft_logits", draft, target.device)
@@ -118,10 +127,18 @@ def check_draft(draft: Any, target: Tensor) -> None:
             f"draft_logits has dtype {draft.dtype}, target_logits {target.dtype}; widen one of"
             " them (bf16 to fp32 is exact)."
         )
-    if tuple(draft.shape) != want:
+    if sparse:
+        if draft.ndim != 3 or tuple(draft.shape[:2]) != want[:2]:
+            raise ValueError(
+                f"draft_logits has shape {tuple(draft.shape)}, and target_logits"
+                f" {tuple(target.shape)} with draft_topk_ids asks for {want[:2]} and S tokens a"
+                " row; pass the logits that each drafted token was sampled from."
+            )
+    elif tuple(draft.shape) != want:
         fix = "pass the row that each drafted token was sampled from"
         if draft.ndim == 3 and draft.shape[:2] == want[:2]:
             fix = "slice both to the vocabulary they share, before the draft samples"
+            fix += ", or name the draft's tokens in draft_topk_ids"
         raise ValueError(
             f"draft_logits has shape {tuple(draft.shape)}, and target_logits {tuple(target.shape)}"
             f" asks for {want}; {fix}."
@@ -182,6 +199,37 @@ def parents(tree: Tensor, ids: Tensor, counts: Tensor, known: bool) -> Tensor:
                 f" comes before its children: use {own}, -1 being the committed tokens."
             )
     return rows.int().contiguous()
+
+
+def supports(ids: Any, draft: Tensor, vocab: int, counts: Tensor, known: bool) -> Tensor:
+    """int64 `[B, K, S]`, or `[1, 1, S]` if all rows share their tokens."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"draft_topk_ids is {got}; pass int64 or int32 token ids (ids.long()).")
+    _rows.check_device("draft_topk_ids", ids, draft.device)
+    if tuple(ids.shape) not in (tuple(draft.shape), tuple(draft.shape[-1:])):
+        raise ValueError(
+            f"draft_topk_ids has shape {tuple(ids.shape)}; pass {tuple(draft.shape)}, a token for"
+            f" each of draft_logits, or {tuple(draft.shape[-1:])} if all rows have the same."
+        )
+    rows = contiguous(ids if ids.ndim == 3 else ids[None, None])
+    if known and rows.numel() and _rows.values_readable(rows) and _rows.values_readable(counts):
+        drafted = rows
+        if ids.ndim == 3:  # rows where nothing was drafted may hold anything
+            drafted = rows[torch.arange(rows.shape[1]) < counts[:, None].expand(len(rows), 1)]
+        ordered = drafted.reshape(-1, rows.shape[-1]).sort(-1).values
+        if ordered.numel() and int(ordered[:, -1].max()) >= vocab:
+            raise ValueError(
+                f"draft_topk_ids holds {int(ordered[:, -1].max())}, outside the {vocab} tokens of"
+                f" target_logits; use 0 to {vocab - 1}, and -1 in empty slots."
+            )
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if bool(twice.any()):
+            raise ValueError(
+                f"draft_topk_ids names token {int(ordered[:, 1:][twice][0])} twice in a row; keep"
+                " each token once (-1 marks an empty slot)."
+            )
+    return rows
 
 
 def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tensor:

@@ -9,7 +9,8 @@ that follows them, from the logits of both.
 p and q are the warped distributions (temperature, top-k, top-p, min-p), u counter-based coins.
 docs/ops/verify.md has every formula, the coins bit by bit, and the limits.
 
-Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], draft_ids [B, K], tree [B, K]; fp32,
+Shapes: target_logits [B, K + 1, V], draft_logits [B, K, V], or [B, K, S] of a draft that is known
+on the S tokens of draft_topk_ids [B, K, S] or [S], draft_ids [B, K], tree [B, K]; fp32,
 bf16 or fp16 (fp64 on the reference), masses summed in fp64. Cost: one read of the rows that are
 needed and one pass over them in cache; nothing of size V is written. One call decides and samples,
 so that no probabilities are ever in memory and the reported numbers are those the decision was made
@@ -69,6 +70,7 @@ def verify(
     draft_logits: Tensor | None,
     draft_ids: Tensor,
     *,
+    draft_topk_ids: Tensor | None = None,
     method: str = "token",
     tree: Tensor | None = None,
     num_drafted: int | Tensor | None = None,
@@ -98,6 +100,11 @@ def verify(
         draft_logits: `[B, K, V]` of the same dtype: the rows that the drafted tokens were sampled
             from, by the draft's warpers, at the places of the target's rows; or None for a draft
             that does not sample (greedy, n-gram, the most likely tokens).
+            Or `[B, K, S]`, logits or log-probabilities on the tokens of `draft_topk_ids`; a drafted
+            token outside of these ends the block, as if it had not been drafted.
+        draft_topk_ids: int64 or int32 `[B, K, S]`, or `[S]` if all rows have the same: the tokens
+            of `draft_logits`, in any order, each at most once a row; a negative id marks an empty
+            slot, whose logit is not read.
         draft_ids: int64 or int32 `[B, K]`, -1 in slots without a token.
         method: for chains "token" or "block", which leave the target's law as it is, or "typical";
             for trees "tree" or "traversal", and "tree_target_only", which asks no draft. These
@@ -147,8 +154,8 @@ def verify(
     def prepare(explain: bool) -> _verify_call.Call:
         return _verify_call.prepare(
             OP.name, target_logits, draft_logits, draft_ids, rule, impl, explain,
-            tree=tree, num_drafted=num_drafted, warpers=warpers, drafts=drafts,
-            logit_bias=logit_bias, seed=seed, position=position,
+            draft_topk_ids=draft_topk_ids, tree=tree, num_drafted=num_drafted, warpers=warpers,
+            drafts=drafts, logit_bias=logit_bias, seed=seed, position=position,
         )  # fmt: skip
 
     compiling, dual = torch.compiler.is_compiling(), forward_ad._current_level >= 0
@@ -201,7 +208,7 @@ def _forward(inputs: Inputs, rule: Rule, backend: str, check: bool = False) -> O
 
 def verify_fwd(*args: Any) -> None:
     """The reference as an `out` kernel, for torch's dispatcher."""
-    inputs, rule, outputs = Inputs(*args[:9]), Rule(*args[9:13]), args[14:]
+    inputs, rule, outputs = Inputs(*args[:10]), Rule(*args[10:14]), args[15:]
     for out, value in zip(outputs, verify_reference(inputs, rule), strict=True):
         out.copy_(value)
 
@@ -210,8 +217,8 @@ _registry.kernel(
     OP,
     "verify_fwd",
     "(Tensor target, Tensor? draft, Tensor ids, Tensor num_drafted, Tensor warpers, Tensor seed,"
-    " Tensor position, Tensor? logit_bias, Tensor? parent, int method, int lenience,"
-    " float strength, float alpha, bool check,"
+    " Tensor position, Tensor? logit_bias, Tensor? parent, Tensor? support, int method,"
+    " int lenience, float strength, float alpha, bool check,"
     " Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) logprobs, Tensor(d!) overlap,"
     " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags,"
     " Tensor(i!) path) -> ()",
@@ -224,7 +231,7 @@ class _Verify(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        return tuple(_forward(Inputs(*args[:9]), *args[9:]))
+        return tuple(_forward(Inputs(*args[:10]), *args[10:]))
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -232,7 +239,7 @@ class _Verify(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 11
+        return (None,) * 12
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> None:
@@ -242,7 +249,7 @@ class _Verify(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: tuple[Any, ...], *args: Any
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        given, batch = Inputs(*args[:9]), info.batch_size
+        given, batch = Inputs(*args[:10]), info.batch_size
         requests = given.target.shape[1 if in_dims[0] == 0 else 0]
         merged: list[Tensor | None] = []
         for name, x, dim in zip(Inputs._fields, given, in_dims, strict=False):
@@ -256,5 +263,5 @@ class _Verify(torch.autograd.Function):
             merged.append(
                 x if x is None else _verify_call.unit_stride(x) if logits else x.contiguous()
             )
-        found = _Verify.apply(*merged, *args[9:])
+        found = _Verify.apply(*merged, *args[10:])
         return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 9

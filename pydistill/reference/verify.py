@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     is the number of nodes."""
 
     target: Tensor  # [B, K + 1, V]
-    draft: Tensor | None  # [B, K, V]; None: the drafted tokens are point masses
+    draft: Tensor | None  # [B, K, V or S]; None: the drafted tokens are point masses
     ids: Tensor  # int64 [B, K]
     num_drafted: Tensor  # int64 [B or 1]
     warpers: Tensor  # fp64 [B or 1, 2 * WARPERS]: the target's and the draft's
@@ -39,6 +39,7 @@ class Inputs(NamedTuple):
     position: Tensor  # int64 [B or 1]
     logit_bias: Tensor | None  # [B or 1, V]
     parent: Tensor | None  # int32 [B or 1, K] for trees
+    support: Tensor | None  # int64 [B or 1, K or 1, S]: the draft's tokens; None: all V
 
 
 class Rule(NamedTuple):
@@ -157,6 +158,21 @@ def warped(logits: Tensor, warpers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return p, lse, sound
 
 
+def dense(logits: Tensor, support: Tensor | None, vocab: int) -> Tensor:
+    """Rows `[B, K, V]` of logits on a support: -inf outside, and NaN throughout where an id is
+    outside the vocabulary or comes twice. Ids below 0 mark empty slots."""
+    if support is None:
+        return logits
+    ids = support.expand(logits.shape)
+    ordered = ids.sort(-1).values
+    wrong = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
+    wrong = wrong | (ids >= vocab).any(-1)
+    place = torch.where((ids >= 0) & (ids < vocab), ids, vocab)  # a column that is cut off
+    rows = logits.new_full((*ids.shape[:2], vocab + 1), -math.inf, dtype=torch.float64)
+    rows = rows.scatter(-1, place, logits.double())[..., :vocab]
+    return torch.where(wrong[..., None], math.nan, rows)
+
+
 def distributions(inputs: Inputs) -> Distributions:
     target, ids = inputs.target, inputs.ids
     batch, slots = ids.shape
@@ -171,7 +187,8 @@ def distributions(inputs: Inputs) -> Distributions:
         nan = torch.full((batch, slots), math.nan, dtype=torch.float64, device=ids.device)
         pointed = torch.ones(batch, dtype=torch.bool, device=ids.device)
         return Distributions(p, point, target_lse, nan, target_sound, torch.isnan(nan), pointed)
-    q, draft_lse, draft_sound = warped(inputs.draft, warpers[:, WARPERS:])
+    draft = dense(inputs.draft, inputs.support, vocab)
+    q, draft_lse, draft_sound = warped(draft, warpers[:, WARPERS:])
     pointed = (warpers[:, 0] == 0) | (warpers[:, WARPERS] == 0)
     return Distributions(
         p,
