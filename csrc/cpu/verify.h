@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/divergence.h"
 #include "cpu/rows.h"
 
 namespace pd {
@@ -93,6 +94,26 @@ inline int64_t verify_scratch_bytes(const VerifyArgs& a) {
   const int64_t a_node = a.parent == nullptr ? 0 : kVerifyNodeBytes;
   return (a.slots + 1) * (a_slot + kVerifySlotBytes + a_node + verify_support_bytes(a)) + passes +
          4 * (kVerifyCandidates + kVerifyColumns);
+}
+
+// Divergence of the verified pairs and its gradient. VerifyArgs give the rows, the warpers and, of
+// the verification, `overlap` and `flags`.
+struct VerifyGradient {
+  Kind kind;
+  float beta;           // of jsd
+  float* divergence;    // [B, K]
+  VerifyRows gradient;  // [B, K, V]; may be the draft itself
+};
+
+// Rows [begin, end) of the B K of the draft. `scratch` holds verify_gradient_bytes.
+using VerifyGradientRows = void (*)(const VerifyArgs&, const VerifyGradient&, int64_t begin,
+                                    int64_t end, float* scratch);
+extern const VerifyGradientRows verify_gradient_rows_table[];  // one a Capability
+
+inline int64_t verify_gradient_bytes(const VerifyArgs& a) {
+  const int64_t blocks = verify_blocks(a), numbers = 2 * kVerifyPivots * blocks + blocks + 8;
+  return 4 * blocks * kVerifyColumns + 8 * numbers + 4 * (kVerifyCandidates + kVerifyColumns) +
+         8 * (a.vocab + 64) + 8 * (a.vocab / 1024 + 1);  // divergence_scratch_bytes at its most
 }
 
 }  // namespace pd

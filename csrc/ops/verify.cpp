@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/huge_pages.h"
 #include "common/parallel.h"
 #include "cpu/cpuid.h"
 
@@ -173,8 +174,63 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
   });
 }
 
+void gradient(const Tensor& target, const Tensor& draft, const Tensor& warpers,
+              const MaybeTensor& bias, const Tensor& overlap, const Tensor& flags, int64_t kind,
+              double beta, const Tensor& divergence, const Tensor& out) {
+  VerifyArgs a{};
+  STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1 && target.size(2) >= 1,
+                  "target must be [B, K + 1, V]");
+  const int64_t batch = target.size(0), rows = target.size(1);
+  a.dtype = dtype_of("target", target);
+  a.slots = rows - 1;
+  a.vocab = target.size(2);
+  a.target = rows_of("target", target, batch, rows, a.vocab);
+  STD_TORCH_CHECK(draft.scalar_type() == target.scalar_type(), "draft must have target's dtype");
+  a.draft = rows_of("draft", draft, batch, a.slots, a.vocab);
+  a.warpers = warpers_of(warpers, batch);
+  a.warper_step = warpers.size(0) == 1 ? 0 : 2 * kWarpers;
+  if (bias.has_value()) {
+    const bool one = bias->numel() == a.vocab;
+    a.bias = vector<float>("logit_bias", *bias, one ? a.vocab : batch * a.vocab);
+    a.bias_step = one ? 0 : a.vocab;
+  }
+  a.overlap = vector<float>("overlap", overlap, batch * a.slots);
+  a.flags = vector<int32_t>("flags", flags, batch * rows);
+  STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kTvd), "kind is ", kind);
+  VerifyGradient g{};
+  g.kind = static_cast<Kind>(kind);
+  g.beta = static_cast<float>(beta);
+  g.divergence = vector<float>("divergence", divergence, batch * a.slots);
+  STD_TORCH_CHECK(out.scalar_type() == target.scalar_type(), "gradient must have target's dtype");
+  g.gradient = rows_of("gradient", out, batch, a.slots, a.vocab);
+  if (g.gradient.data != a.draft.data) {
+    ask_for_huge_pages(out.data_ptr(), out.numel() * out.element_size());
+  }
+  const VerifyGradientRows kernel =
+      verify_gradient_rows_table[static_cast<int>(active_capability())];
+  parallel_rows(batch * a.slots, 2 * a.vocab, [&](int64_t begin, int64_t end) {
+    const Scratch memory(verify_gradient_bytes(a));
+    kernel(a, g, begin, end, memory.data());
+  });
+}
+
+void verify_gradient(Tensor target, Tensor draft, Tensor warpers, MaybeTensor bias, Tensor overlap,
+                     Tensor flags, int64_t kind, double beta, Tensor divergence, Tensor out) {
+  gradient(target, draft, warpers, bias, overlap, flags, kind, beta, divergence, out);
+}
+
+void verify_gradient_overwrite(Tensor target, Tensor draft, Tensor warpers, MaybeTensor bias,
+                               Tensor overlap, Tensor flags, int64_t kind, double beta,
+                               Tensor divergence) {
+  gradient(target, draft, warpers, bias, overlap, flags, kind, beta, divergence, draft);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) { m.impl("verify_fwd", TORCH_BOX(&verify_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) {
+  m.impl("verify_fwd", TORCH_BOX(&verify_fwd));
+  m.impl("verify_gradient", TORCH_BOX(&verify_gradient));
+  m.impl("verify_gradient_overwrite", TORCH_BOX(&verify_gradient_overwrite));
+}
 
 }  // namespace pd

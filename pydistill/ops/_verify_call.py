@@ -290,7 +290,7 @@ _BOUNDS = {
 }
 
 
-_NAMES = tuple(_BOUNDS)
+NAMES = tuple(_BOUNDS)
 _OFF = (1.0, 0.0, 1.0, -math.inf)  # min_p as its logarithm
 
 
@@ -302,7 +302,7 @@ def warper_rows(
     columns: list[tuple[int, Tensor]] = []
     ours: list[Any] = []
     for side, given in enumerate((warpers, drafts)):
-        for i, name in enumerate(_NAMES):
+        for i, name in enumerate(NAMES):
             value = given[i]
             if value is not None:
                 value = warper("draft_" + name if side else name, value, batch, device, known)

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pydistill import _registry
-from pydistill.ops import _rows, _verify_call
+from pydistill.ops import _memory, _rows, _verify_call
+from pydistill.reference import divergence
 from pydistill.reference.verify import (
     BAD_DRAFT,
     BAD_ID,
@@ -36,6 +37,7 @@ from pydistill.reference.verify import (
     Inputs,
     Outputs,
     Rule,
+    gradient_rows,
     verify_reference,
 )
 
@@ -45,8 +47,10 @@ __all__ = [
     "BAD_PARENT",
     "BAD_TARGET",
     "IMPOSSIBLE",
+    "VerifyGradient",
     "VerifyResult",
     "verify",
+    "verify_with_gradient",
 ]
 OP = _registry.operator("verify", {torch.float32, torch.bfloat16, torch.float16})
 
@@ -176,6 +180,105 @@ def verify(
         raise
 
 
+class VerifyGradient(NamedTuple):
+    """What `verify_with_gradient` returns."""
+
+    result: VerifyResult
+    divergence: Tensor  # [B, K], NaN in rows that were not evaluated
+    gradient: Tensor  # [B, K, V], of the draft's dtype; 0 in rows that were not evaluated
+
+
+_KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
+
+
+def verify_with_gradient(
+    target_logits: Tensor,
+    draft_logits: Tensor,
+    draft_ids: Tensor,
+    kind: str = "forward_kl",
+    *,
+    beta: float | None = None,
+    overwrite_logits: bool = False,
+    **arguments: Any,
+) -> VerifyGradient:
+    """`verify`, and of every row that it evaluated the divergence of the draft from the target,
+    with its gradient: serving gives the distillation signal where the draft was tried.
+
+        divergence = D(p, q)        p and q the warped distributions that the tokens were tried by
+        gradient   = q (h - sum q h) / draft_temperature,   h = dD/dq, what the filters keep given
+
+    Args:
+        target_logits, draft_logits, draft_ids, arguments: as in `verify`; draft_logits dense, so
+            not `draft_topk_ids`.
+        kind: "forward_kl", "reverse_kl", "jsd" or "tvd", as in `pydistill.divergence`. Where a
+            filter cuts what the other side keeps, the two KLs are infinite; "tvd", which is 1 -
+            `overlap`, and "jsd" are not.
+        beta: of `jsd`, in (0, 1); None is 0.5.
+        overwrite_logits: writes the gradient over `draft_logits` (no gradient memory); the logits
+            are lost, and `gradient` is `draft_logits`. For eager mode.
+
+    Returns:
+        VerifyGradient: `result`, as of `verify`; `divergence [B, K]`, fp32, or fp64 for fp64
+        logits; `gradient [B, K, V]` in the draft's dtype, of each divergence by its own row: weigh
+        rows and pass it to `draft_logits.backward(gradient)`. By rows as `overlap` is. In rows that
+        were not evaluated, and in greedy requests, the divergence is NaN and the gradient 0. In
+        rows flagged BAD_TARGET or BAD_DRAFT both are NaN. An infinite divergence has a NaN
+        gradient, but for forward_kl.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `verify`; the message names the value and the fix.
+    """
+    if kind not in _KINDS:
+        raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(_KINDS)}.")
+    if beta is not None and kind != "jsd":
+        raise ValueError(f"beta={beta!r} belongs to kind='jsd', not {kind!r}; drop it.")
+    if beta is not None:
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+            raise TypeError(f"beta is a {type(beta).__name__}; pass a number between 0 and 1.")
+        _rows.check_range("beta", beta, 0.0, 1.0)
+    if draft_logits is None or arguments.get("draft_topk_ids") is not None:
+        what = "None" if draft_logits is None else "known on the tokens of draft_topk_ids"
+        raise ValueError(
+            f"draft_logits is {what}, and the gradient is that of whole rows; pass [B, K, V], or"
+            " call verify."
+        )
+    result = verify(target_logits, draft_logits, draft_ids, **arguments)
+    target, draft = target_logits.detach(), draft_logits.detach()
+    batch, device = target.shape[0], target.device
+    ours, theirs = (
+        tuple(arguments.get(side + name) for name in _verify_call.NAMES) for side in ("", "draft_")
+    )
+    bias = arguments.get("logit_bias")
+    inputs = (
+        _verify_call.unit_stride(target),
+        _verify_call.unit_stride(draft),
+        _verify_call.warper_rows(ours, theirs, batch, device, False),
+        None if bias is None else _verify_call.bias_rows(bias, target),
+        result.overlap,
+        result.flags,
+    )
+    backend = _verify_call.backend_of(
+        OP.name, arguments.get("impl", "auto"), device.type, target.dtype
+    )
+    options = (divergence.KINDS[kind].id, 0.5 if beta is None else float(beta))
+    if overwrite_logits:
+        _check_overwrite(target_logits, draft_logits)
+        found = _overwrite(inputs, options, backend)
+        torch.autograd.graph.increment_version(draft_logits)
+        return VerifyGradient(result, found, draft_logits)
+    if backend == "reference" and torch.compiler.is_compiling():
+        raise RuntimeError(
+            "verify_with_gradient on the reference derives as it runs, which torch.compile cannot"
+            " trace; call it outside of compiled code, or use another impl."
+        )
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        and not torch.compiler.is_compiling()
+    ):
+        return VerifyGradient(result, *_Gradient.apply(*inputs, options, backend))
+    return VerifyGradient(result, *_gradient(inputs, options, backend))
+
+
 _NO_TANGENT = (
     "pydistill.verify has no derivatives, and the logits' tangent would be lost; call it outside"
     " the forward-mode transform."
@@ -224,6 +327,129 @@ _registry.kernel(
     " Tensor(i!) path) -> ()",
     verify_fwd,
 )
+
+
+_Tensors = tuple[Any, ...]  # target, draft, warpers, logit_bias, overlap, flags
+
+
+def _check_overwrite(target: Tensor, draft: Tensor) -> None:
+    if torch.compiler.is_compiling() or not _rows.values_readable(draft):
+        raise RuntimeError(
+            "overwrite_logits=True is for eager calls on the CPU, outside of transforms; pass"
+            " overwrite_logits=False."
+        )
+    repeats = any(s == 0 and n > 1 for s, n in zip(draft.stride(), draft.shape, strict=True))
+    if repeats or _verify_call.unit_stride(draft) is not draft:
+        raise ValueError(
+            "overwrite_logits=True needs rows with unit last stride and memory of their own, not"
+            f" strides {draft.stride()}; pass draft_logits.contiguous()."
+        )
+    if draft.untyped_storage().data_ptr() == target.untyped_storage().data_ptr():
+        raise ValueError(
+            "overwrite_logits=True would write over target_logits, which shares memory with"
+            " draft_logits; pass draft_logits.clone()."
+        )
+
+
+def _gradient(inputs: _Tensors, options: tuple[int, float], backend: str) -> tuple[Tensor, Tensor]:
+    draft = inputs[1]
+    if backend == "reference":
+        found, gradient = _gradient_reference(inputs, options)
+        return found.to(inputs[4].dtype), gradient.to(draft.dtype)
+    found, gradient = torch.empty_like(inputs[4]), _memory.empty_like(draft)
+    _registry.overload("verify_gradient", backend)(*inputs, *options, found, gradient)
+    return found, gradient
+
+
+def _overwrite(inputs: _Tensors, options: tuple[int, float], backend: str) -> Tensor:
+    if backend == "reference":
+        found, gradient = _gradient(inputs, options, backend)
+        inputs[1].copy_(gradient)
+        return found
+    found = torch.empty_like(inputs[4])
+    _registry.overload("verify_gradient_overwrite", backend)(*inputs, *options, found)
+    return found
+
+
+def _gradient_reference(inputs: _Tensors, options: tuple[int, float]) -> tuple[Tensor, Tensor]:
+    """Divergences and gradients in fp64: `divergence_reference`, derived by autograd."""
+    kind, beta = options
+    rows = gradient_rows(*inputs)
+    shape, counted = rows.student.shape, rows.counted.reshape(-1)
+    params = rows.student.new_full((*shape[:2], 3), beta)
+    params[..., 0] = rows.temperature[:, None]
+    with _registry.autograd_inside_op():
+        leaf = rows.student.reshape(-1, shape[-1]).detach().requires_grad_()
+        pairs = divergence.Inputs(
+            leaf, rows.teacher.reshape(leaf.shape), None, None, counted, None,
+            params.reshape(-1, 3),
+        )  # fmt: skip
+        scalars = divergence.Options(kind, 1.0, beta, beta, False, 0.0, 0.0, shape[-1])
+        loss, _ = divergence.divergence_reference(pairs, scalars)
+        (gradient,) = torch.autograd.grad(loss, leaf, counted.to(loss.dtype))
+    found = torch.where(rows.counted, loss.detach().reshape(shape[:2]), torch.nan)
+    return found, torch.where(rows.wrong[..., None], torch.nan, gradient.reshape(shape))
+
+
+def verify_gradient(*args: Any) -> None:
+    """The reference as an `out` kernel."""
+    for out, value in zip(args[8:], _gradient_reference(args[:6], args[6:8]), strict=True):
+        out.copy_(value)
+
+
+def verify_gradient_overwrite(*args: Any) -> None:
+    verify_gradient(*args, args[1])
+
+
+_PAIRS = "Tensor warpers, Tensor? logit_bias, Tensor overlap, Tensor flags, int kind, float beta"
+_registry.kernel(
+    OP,
+    "verify_gradient",
+    f"(Tensor target, Tensor draft, {_PAIRS}, Tensor(a!) divergence, Tensor(b!) gradient) -> ()",
+    verify_gradient,
+)
+_registry.kernel(
+    OP,
+    "verify_gradient_overwrite",
+    f"(Tensor target, Tensor(a!) draft, {_PAIRS}, Tensor(b!) divergence) -> ()",
+    verify_gradient_overwrite,
+)
+
+
+class _Gradient(torch.autograd.Function):
+    """`_gradient` under transforms; `verify` has refused tangents before."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return _gradient(args[:6], *args[6:])
+
+    @staticmethod
+    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * 8
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(_NO_TANGENT)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], *args: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+        batch, merged = info.batch_size, []
+        requests = args[0].shape[1 if in_dims[0] == 0 else 0]
+        for i, (x, dim) in enumerate(zip(args[:6], in_dims, strict=False)):
+            if x is not None and i in (2, 3):  # warpers, logit_bias: one row may serve all
+                x = x[None] if dim is None else x.movedim(dim, 0)
+                x = x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])
+            elif x is not None:
+                x = _rows.lead(x, dim, batch)
+            merged.append(x if x is None else x.contiguous())
+        found = _Gradient.apply(*merged, *args[6:])
+        return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0, 0)
 
 
 class _Verify(torch.autograd.Function):
