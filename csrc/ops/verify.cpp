@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/check.h"
@@ -174,6 +176,40 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
   });
 }
 
+// Uninitialised memory on the CPU.
+Tensor fresh(std::initializer_list<int64_t> shape, int32_t dtype) {
+  const auto dims = static_cast<int64_t>(shape.size());
+  const int64_t strides[] = {dims == 2 ? shape.begin()[1] : 1, 1};
+  AtenTensorHandle out;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape.begin(), strides, dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// verify_fwd into memory of its own.
+Results verify_eager(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted,
+                     Tensor warpers, Tensor seed, Tensor position, MaybeTensor bias,
+                     MaybeTensor parent, MaybeTensor support, int64_t method, int64_t lenience,
+                     double strength, double alpha, bool check) {
+  STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1, "target must be [B, K + 1, V]");
+  const int64_t batch = target.size(0), rows = target.size(1), slots = rows - 1;
+  const int32_t whole = aoti_torch_dtype_int64(), single = aoti_torch_dtype_float32();
+  Results out{fresh({batch, rows}, whole),   fresh({batch}, whole),
+              fresh({batch, rows}, single),  fresh({batch, slots}, single),
+              fresh({batch, slots}, single), fresh({batch, rows}, single),
+              fresh({batch, slots}, single), fresh({batch, rows}, aoti_torch_dtype_int32()),
+              fresh({batch, slots}, whole)};
+  std::apply(
+      [&](const auto&... x) {
+        verify_fwd(target, draft, ids, num_drafted, warpers, seed, position, bias, parent, support,
+                   method, lenience, strength, alpha, check, x...);
+      },
+      out);
+  return out;
+}
+
 void gradient(const Tensor& target, const Tensor& draft, const Tensor& warpers,
               const MaybeTensor& bias, const Tensor& overlap, const Tensor& flags, int64_t kind,
               double beta, const Tensor& divergence, const Tensor& out) {
@@ -229,6 +265,7 @@ void verify_gradient_overwrite(Tensor target, Tensor draft, Tensor warpers, Mayb
 
 STABLE_TORCH_LIBRARY_IMPL(pydistill, CPU, m) {
   m.impl("verify_fwd", TORCH_BOX(&verify_fwd));
+  m.impl("verify_eager", TORCH_BOX(&verify_eager));
   m.impl("verify_gradient", TORCH_BOX(&verify_gradient));
   m.impl("verify_gradient_overwrite", TORCH_BOX(&verify_gradient_overwrite));
 }

@@ -103,6 +103,7 @@ class Problem {
     Exact<double> scratch(static_cast<size_t>(verify_scratch_bytes(a) + 7) / sizeof(double));
     verify_requests_table[capability](a, 0, shape_.batch, nullptr,
                                       reinterpret_cast<float*>(scratch.data()));
+    if (!pointed && !sparse) CheckGradient(a, capability, name);
     for (size_t b = 0; b < batch; ++b) {
       const int64_t n = accepted[b];
       EXPECT(n >= 0 && n <= drafted[b], "%s accepted %d of %d", name, int(n), int(drafted[b]));
@@ -127,6 +128,34 @@ class Problem {
         if (!std::isnan(overlap[b * slots + i]) && !(tree && pointed)) {
           CheckOverlap(b, i, overlap[b * slots + i], name);
         }
+      }
+    }
+  }
+
+  // The total variation of evaluated rows is 1 - overlap; others have a gradient of 0.
+  void CheckGradient(const VerifyArgs& a, int capability, const char* name) const {
+    Bytes gradient(draft_.size(), 0x55);
+    Exact<float> divergence(static_cast<size_t>(shape_.batch * shape_.slots));
+    Exact<double> scratch(static_cast<size_t>(verify_gradient_bytes(a) + 7) / sizeof(double));
+    VerifyGradient g{};
+    g.kind = Kind::kTvd;
+    g.divergence = divergence.data();
+    g.gradient = {reinterpret_cast<const char*>(gradient.data()), shape_.slots * shape_.vocab,
+                  shape_.vocab};
+    verify_gradient_rows_table[capability](a, g, 0, shape_.batch * shape_.slots,
+                                           reinterpret_cast<float*>(scratch.data()));
+    for (size_t i = 0; i < divergence.size(); ++i) {
+      const bool seen = !std::isnan(a.overlap[i]) && warpers_[kTemperature] > 0;
+      EXPECT(std::isnan(divergence[i]) == !seen, "%s divergence %g", name, divergence[i]);
+      if (seen) {
+        const double want = 1 - double(a.overlap[i]);
+        EXPECT(std::fabs(divergence[i] - want) <= 2e-6, "%s total variation %.9g, not %.9g", name,
+               divergence[i], want);
+        continue;
+      }
+      for (size_t j = 0; j < static_cast<size_t>(shape_.vocab); ++j) {
+        const size_t at = (i * static_cast<size_t>(shape_.vocab) + j) * size_of(dtype_);
+        EXPECT(decode(gradient.data() + at, dtype_) == 0, "%s gradient of an unseen row", name);
       }
     }
   }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydistill import _registry
 from pydistill.ops import _rows
@@ -93,6 +95,81 @@ def prepare(
         ),
     )  # fmt: skip
     return Call(inputs, rule, backend, check)
+
+
+# Serving repeats its calls but for the numbers in the tensors, the positions, and seeds. What was
+# checked and made for a call is kept by all that it depends on; values are checked by the kernel.
+_calls: dict[Any, tuple[Any, ...]] = {}
+
+
+def key_of(
+    rule: Rule, target: Any, draft: Any, ids: Any, seed: Any, settings: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """All that the checks of an eager call on the CPU depend on; None where it is not kept."""
+    kinds = tuple(map(type, settings))  # 1, 1.0 and True are one key otherwise
+    if (
+        type(target) is not Tensor
+        or type(ids) is not Tensor
+        or Tensor in kinds
+        or target.requires_grad
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return None
+    drafted: Any = None
+    if draft is not None:
+        if type(draft) is not Tensor or draft.requires_grad:
+            return None
+        drafted = (draft.shape, draft.stride(), draft.dtype, draft.device)
+    return (
+        rule, target.shape, target.stride(), target.dtype, target.device, drafted, ids.shape,
+        ids.dtype, ids.device, ids.is_contiguous(), seed if type(seed) is int else None, settings,
+        kinds, _registry.has_kernel,
+    )  # fmt: skip
+
+
+def known_call(
+    key: Any, target: Tensor, draft: Tensor | None, ids: Tensor, seed: Any, position: Any
+) -> tuple[Any, ...] | None:
+    """The arguments of the kernel, if a call of this key was checked before."""
+    try:
+        found = None if key is None else _calls.get(key)
+    except TypeError:  # a setting is no number
+        return None
+    if found is None:
+        return None
+    counts, warpers, seeds = found
+    batch = target.shape[0]
+    if type(seed) is not int:
+        if not plain_integers(seed, batch):
+            return None
+        seeds = seed
+    if type(position) is int and 0 <= position < 2**63:
+        position = torch.full((1,), position, dtype=torch.int64)
+    elif not plain_integers(position, batch):
+        return None
+    return (target, draft, ids, counts, warpers, seeds, position, None, None, None, *key[0], True)
+
+
+def plain_integers(x: Any, batch: int) -> bool:
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.int64
+        and x.shape == (batch,)
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+    )
+
+
+def remember(key: Any, call: Call, target: Tensor, draft: Tensor | None, ids: Tensor) -> None:
+    """Keeps a call that went well, if its tensors are passed on as they are."""
+    inputs = call.inputs
+    if inputs.target is target and inputs.draft is draft and inputs.ids is ids:
+        if len(_calls) >= 256:
+            _calls.clear()
+        with suppress(TypeError):
+            _calls[key] = (inputs.num_drafted, inputs.warpers, inputs.seed)
 
 
 _native: dict[Any, str] = {}  # calls that a native kernel serves: once loaded, it stays

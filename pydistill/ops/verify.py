@@ -152,6 +152,20 @@ def verify(
             outside the transform.
     """
     rule = _verify_call.rule_of(method, tree, lenience, tv_budget, typical)
+    compiling = torch.compiler.is_compiling()
+    key = None
+    if not compiling and draft_topk_ids is None and tree is None and logit_bias is None:
+        settings = (
+            num_drafted, temperature, top_k, top_p, min_p,
+            draft_temperature, draft_top_k, draft_top_p, draft_min_p, impl,
+        )  # fmt: skip
+        key = _verify_call.key_of(rule, target_logits, draft_logits, draft_ids, seed, settings)
+        known = _verify_call.known_call(key, target_logits, draft_logits, draft_ids, seed, position)
+        if known is not None:
+            try:
+                return VerifyResult(*_registry.eager("verify_eager")(*known))
+            except RuntimeError:
+                pass  # what follows says what is wrong
     warpers = (temperature, top_k, top_p, min_p)
     drafts = (draft_temperature, draft_top_k, draft_top_p, draft_min_p)
 
@@ -162,7 +176,7 @@ def verify(
             drafts=drafts, logit_bias=logit_bias, seed=seed, position=position,
         )  # fmt: skip
 
-    compiling, dual = torch.compiler.is_compiling(), forward_ad._current_level >= 0
+    dual = forward_ad._current_level >= 0
     if dual and compiling:
         raise RuntimeError(_NO_TANGENT)
     if dual or (not compiling and torch._C._functorch.peek_interpreter_stack() is not None):
@@ -173,11 +187,14 @@ def verify(
     if any(x is not None and x.requires_grad for x in inputs):
         inputs = Inputs._make(x if x is None else x.detach() for x in inputs)
     try:
-        return VerifyResult(*_forward(inputs, rule, call.backend, call.check))
+        found = VerifyResult(*_forward(inputs, rule, call.backend, call.check))
     except RuntimeError:
         if call.check:
             prepare(True)  # names the value
         raise
+    if key is not None and call.check:
+        _verify_call.remember(key, call, target_logits, draft_logits, draft_ids)
+    return found
 
 
 class VerifyGradient(NamedTuple):
@@ -291,6 +308,8 @@ def _forward(inputs: Inputs, rule: Rule, backend: str, check: bool = False) -> O
         dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
         found = verify_reference(inputs, rule)
         return Outputs(*(x.to(dtype) if x.is_floating_point() else x for x in found))
+    if check and not torch._C._len_torch_dispatch_stack():
+        return Outputs(*_registry.eager("verify_eager")(*inputs, *rule, check))
     batch, slots = inputs.ids.shape
     device, rows, drafted = target.device, (batch, slots + 1), (batch, slots)
     whole, single = torch.int64, torch.float32
@@ -316,12 +335,16 @@ def verify_fwd(*args: Any) -> None:
         out.copy_(value)
 
 
+_ARGUMENTS = (
+    "Tensor target, Tensor? draft, Tensor ids, Tensor num_drafted, Tensor warpers, Tensor seed,"
+    " Tensor position, Tensor? logit_bias, Tensor? parent, Tensor? support, int method,"
+    " int lenience, float strength, float alpha, bool check"
+)
+_registry.eager_kernel("verify_eager", f"({_ARGUMENTS}) -> ({', '.join(['Tensor'] * 9)})")
 _registry.kernel(
     OP,
     "verify_fwd",
-    "(Tensor target, Tensor? draft, Tensor ids, Tensor num_drafted, Tensor warpers, Tensor seed,"
-    " Tensor position, Tensor? logit_bias, Tensor? parent, Tensor? support, int method,"
-    " int lenience, float strength, float alpha, bool check,"
+    f"({_ARGUMENTS},"
     " Tensor(a!) tokens, Tensor(b!) num_accepted, Tensor(c!) logprobs, Tensor(d!) overlap,"
     " Tensor(e!) bias, Tensor(f!) target_lse, Tensor(g!) draft_lse, Tensor(h!) flags,"
     " Tensor(i!) path) -> ()",

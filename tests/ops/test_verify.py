@@ -273,6 +273,47 @@ def test_wrong_arguments(name: str, impl_name: str) -> None:  # the kernel check
         verify(**{**call, "impl": impl_name, **arguments})
 
 
+def test_a_repeated_call_is_checked_again(native_impl: str) -> None:
+    """What the first call made is kept; what differs, and what is wrong, is seen all the same."""
+    target, draft = 2 * torch.randn(5, 4, 300), 2 * torch.randn(5, 3, 300)
+    ids = draft.argmax(-1)
+    call: dict[str, Any] = {"position": 3, "temperature": 1.0, "impl": native_impl}
+    seeds = torch.arange(5)
+    first = [verify(target, draft, ids, seed=s, **call) for s in (0, 1, seeds)]
+    assert not same(first[0], first[1])
+    for _ in range(2):
+        again = [verify(target, draft, ids, seed=s, **call) for s in (0, 1, seeds)]
+        assert all(same(*pair) for pair in zip(again, first, strict=True))
+        assert same(verify(target, draft, ids, seed=0, **{**call, "temperature": 1}), first[0])
+        other = verify(target, draft, ids, seed=0, **{**call, "position": torch.full((5,), 3)})
+        assert same(other, first[0])
+        assert not same(verify(target, draft, ids, seed=0, **{**call, "position": 4}), first[0])
+        wide = torch.full((5, 4, 400), nan)
+        wide[..., :300] = target
+        assert same(verify(wide[..., :300], draft, ids, seed=0, **call), first[0])
+        assert same(verify(target, draft, ids.int(), seed=0, **call), first[0])
+        assert same(verify(target, draft, ids.T.contiguous().T, seed=0, **call), first[0])
+        wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+            ({"temperature": True}, TypeError, "temperature is a bool"),
+            ({"seed": False}, TypeError, "seed is a bool"),
+            ({"seed": 0.0}, TypeError, "seed is a float"),
+            ({"seed": seeds[:4]}, ValueError, "seed has shape"),
+            ({"position": -1}, ValueError, "position=-1 is no number"),
+            ({"position": 2**63}, ValueError, "does not fit in an int64"),
+            ({"position": True}, TypeError, "position is a bool"),
+            ({"num_drafted": 4}, ValueError, "num_drafted=4 is no number"),
+            ({"draft_ids": ids + 300}, ValueError, "draft_ids holds"),
+            ({"lenience": ("linear", True)}, TypeError, "lenience linear is a bool"),
+            ({"lenience": ["linear", 1.0]}, TypeError, "pass a pair"),
+            ({"top_k": [3]}, TypeError, "top_k is a list"),
+        ]
+        verify(target, draft, ids, seed=0, lenience=("linear", 1.0), **call)
+        for change, error, message in wrong:
+            given = {"draft_ids": ids, "seed": 0, **call, **change}
+            with pytest.raises(error, match=message):
+                verify(target, draft, **given)
+
+
 def kernel_arguments() -> dict[str, Any]:
     drafted, rows = torch.zeros(2, 3), torch.zeros(2, 4)
     warpers = torch.tensor([[1.0, 0.0, 1.0, -inf] * 2], dtype=torch.float64)
