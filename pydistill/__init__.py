@@ -21,8 +21,10 @@ from pydistill.ops.topk_divergence import topk_divergence as topk_divergence
 from pydistill.ops.topk_divergence import topk_divergence_jvp as topk_divergence_jvp
 from pydistill.ops.topk_logprobs import TopkLogprobs as TopkLogprobs
 from pydistill.ops.topk_logprobs import topk_logprobs as topk_logprobs
+from pydistill.ops.verify import VerifyGradient as VerifyGradient
 from pydistill.ops.verify import VerifyResult as VerifyResult
 from pydistill.ops.verify import verify as verify
+from pydistill.ops.verify import verify_with_gradient as verify_with_gradient
 from pydistill.reference.divergence import KINDS as KINDS
 
 try:

@@ -94,6 +94,18 @@ def kernel(op: Operator, name: str, schema: str, reference: Callable[..., None])
         torch.library.register_fake(f"{namespace}::{name}", _fake_out)
 
 
+def eager_kernel(name: str, schema: str) -> None:
+    """Defines an op that native CPU code alone has, and that allocates its results: a form of a
+    `kernel` for eager calls whose cost is that of the call. Nothing traces it."""
+    _libraries["pydistill"].define(name + schema)
+
+
+def eager(name: str) -> Callable[..., Any]:
+    """The bound overload of an `eager_kernel`."""
+    found: Callable[..., Any] = getattr(torch.ops.pydistill, name).default
+    return found
+
+
 _made_of: dict[str, str] = {}
 _runs: dict[str, Callable[..., None]] = {}
 

@@ -159,9 +159,10 @@ class Chain : RequestBase {
     const double drafted = Compare(
         s, spread_, search_, [&](V, V p, V q) PD_INLINE_LAMBDA { return Where(Lt(least, p), q); });
     const V mass = Set(static_cast<float>(drafted)), half = Set(0.5f);
-    s.bias = Compare(s, spread_, search_, [&](V, V p, V q) PD_INLINE_LAMBDA {
-      return half * Abs(Where(Lt(least, p), q) - mass * p);
-    });
+    s.bias = Compare(
+        s, spread_, search_,
+        [&](V, V p, V q) PD_INLINE_LAMBDA { return half * Abs(Where(Lt(least, p), q) - mass * p); },
+        drafted / 2);
     return kept;
   }
 

@@ -58,16 +58,23 @@ struct Pair {
 };
 
 // min(p, q) and the residual of both rows, and as `extra` a sum of extra(x, px, qx) of the caller's
-// choice, x being the target's logit.
+// choice, x being the target's logit; where q is 0, that is `beside` px. Of blocks where the draft
+// has no token, the target's masses are known.
 template <class Extra>
-PD_INLINE double Compare(Slot& s, VerifySpread spread, const Search& search, const Extra& extra) {
-  const int64_t blocks = (s.p.place.vocab + kBlock - 1) / kBlock;
+PD_INLINE double Compare(Slot& s, VerifySpread spread, const Search& search, const Extra& extra,
+                         double beside = 0) {
+  const int64_t blocks = s.p.place.Blocks();
   constexpr int kHalf = kParts / 2;
   const Pair pair(s);
   double *overlaps = search.counts, *extras = search.masses;
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader target(s.p.place), draft(s.q.place);
     for (int64_t b = begin; b < end; ++b) {
+      if (draft.Empty(b)) {
+        const double mass = s.p.masses[b] / s.p.total;
+        overlaps[b] = 0, s.residual[b] = s.scale * mass, extras[b] = beside * mass;
+        continue;
+      }
       const float *xp = target.Block(b), *xq = draft.Block(b);
       V same[kHalf], left[kHalf], more[kHalf];
       for (int u = 0; u < kHalf; ++u) same[u] = left[u] = more[u] = Set(0.0f);
@@ -110,7 +117,7 @@ inline double Refine(Slot& s, VerifySpread spread, const Search& search,
     s.p.total = PassExactly(s.p, spread, nullptr, 0, search, nullptr);
     s.q.total = PassExactly(s.q, spread, nullptr, 0, search, nullptr);
   }
-  const int64_t blocks = (s.p.place.vocab + kBlock - 1) / kBlock;
+  const int64_t blocks = s.p.place.Blocks();
   const PairExactly pair(s);
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader target(s.p.place), draft(s.q.place);
@@ -181,7 +188,7 @@ class Weights {
 // where rounding leaves none.
 inline int64_t Draw(const Slot& slot, bool residual, double coin) {
   if (slot.p.point >= 0) return slot.p.point;
-  const int64_t blocks = (slot.p.place.vocab + kBlock - 1) / kBlock;
+  const int64_t blocks = slot.p.place.Blocks();
   Weights weights(slot, residual);
   const double* sums = weights.Sums();
   const double bound = coin * SumOf(sums, blocks);
@@ -218,6 +225,8 @@ class RequestBase {
     search_.counts = numbers, numbers += kVerifyPivots * blocks_;
     search_.masses = numbers, numbers += kVerifyPivots * blocks_;
     masses_ = numbers, numbers += (a.slots + 1) * kVerifyBlockNumbers * blocks_;
+    supports_ = reinterpret_cast<char*>(numbers);
+    numbers += (a.slots + 1) * verify_support_bytes(a) / 8;
     slots_ = reinterpret_cast<Slot*>(numbers);
     more_ = reinterpret_cast<char*>(slots_ + a.slots + 1);
     search_.candidates = reinterpret_cast<float*>(
@@ -245,7 +254,12 @@ class RequestBase {
 
   void ReadDraft(Slot& s, int64_t row) {
     double* masses = masses_ + (row * kVerifyBlockNumbers + 1) * blocks_;
-    s.q = Warp(PlaceOf(a_.draft, row, nullptr), warpers_ + kWarpers, spread_, masses, search_);
+    Place place = PlaceOf(a_.draft, row, nullptr);
+    if (a_.support != nullptr && !Sorted(place, row)) {
+      s.q.sound = false;
+      return;
+    }
+    s.q = Warp(place, warpers_ + kWarpers, spread_, masses, search_);
   }
 
   bool Flip(int64_t slot, double num, double den) const {
@@ -301,6 +315,7 @@ class RequestBase {
   int64_t blocks_;
   Search search_;
   double* masses_;  // [K + 1, kVerifyBlockNumbers, blocks]
+  char* supports_;  // [K + 1], of drafts known on a few tokens
   Slot* slots_;     // [K + 1]
   char* more_;      // what trees keep
   const double* warpers_;
@@ -316,6 +331,14 @@ class RequestBase {
       a_.overlap[DraftAt(i)] = a_.tv[DraftAt(i)] = a_.draft_lse[DraftAt(i)] = NAN;
       a_.path[DraftAt(i)] = -1;
     }
+  }
+
+  // The tokens of a draft's row, if they can be those of a distribution.
+  bool Sorted(Place& place, int64_t row) {
+    auto* entries = reinterpret_cast<SupportEntry*>(supports_ + row * verify_support_bytes(a_));
+    const int64_t* ids = a_.support + index_ * a_.support_request_step + row * a_.support_row_step;
+    return SortSupport(place, ids, a_.support_size,
+                       reinterpret_cast<int32_t*>(entries + a_.support_size), entries);
   }
 
   Place PlaceOf(const VerifyRows& rows, int64_t row, const float* bias) const {

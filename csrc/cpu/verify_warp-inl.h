@@ -60,21 +60,69 @@ PD_INLINE double ExpExact(double x) {
   return x > -700.0 ? (p * r + 1.0) * power : 0.0;
 }
 
-// A row in memory, and what is added to it.
+// A row in memory, and what is added to it. A row that is known on a few tokens is -inf on all
+// others; its tokens lie in `entries`, by block.
 struct Place {
   const char* data;
   DType dtype;
   const float* bias;  // or null
   int64_t vocab;
+  const int32_t* starts = nullptr;  // [blocks + 1], where a block's entries begin; null: all tokens
+  const SupportEntry* entries = nullptr;
+
+  int64_t Blocks() const { return (vocab + kBlock - 1) / kBlock; }
+  int64_t Tokens() const { return starts == nullptr ? vocab : starts[Blocks()]; }
 };
+
+// Sorts the tokens of a row by block, in O(S + V / 1024); ids below 0 mark empty slots. False where
+// an id is outside the vocabulary or comes twice.
+inline bool SortSupport(Place& place, const int64_t* ids, int64_t count, int32_t* starts,
+                        SupportEntry* entries) {
+  const int64_t blocks = place.Blocks();
+  std::fill(starts, starts + blocks + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (ids[i] >= place.vocab) return false;
+    if (ids[i] >= 0) ++starts[ids[i] / kBlock];
+  }
+  for (int64_t b = 0; b < blocks; ++b) starts[b + 1] += starts[b];  // the ends, of which each is
+  const Row row(place.data, place.dtype);                           // lowered to its begin
+  for (int64_t i = count - 1; i >= 0; --i) {
+    if (ids[i] < 0) continue;
+    entries[--starts[ids[i] / kBlock]] = {static_cast<int32_t>(ids[i]), row.Element(i)};
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (starts[b + 1] - starts[b] < 2) continue;
+    uint64_t seen[kBlock / 64] = {};
+    for (int64_t i = starts[b]; i < starts[b + 1]; ++i) {
+      const int64_t column = entries[i].id - b * kBlock;
+      const uint64_t bit = uint64_t{1} << (column % 64);
+      if (seen[column / 64] & bit) return false;
+      seen[column / 64] |= bit;
+    }
+  }
+  place.starts = starts, place.entries = entries;
+  return true;
+}
 
 // Opens blocks of a row, -inf behind its end.
 class Reader {
  public:
   explicit Reader(const Place& place) : place_(place), row_(place.data, place.dtype) {}
 
+  // Whether a block is -inf throughout, because none of its tokens is known.
+  bool Empty(int64_t block) const {
+    return place_.starts != nullptr && place_.starts[block] == place_.starts[block + 1];
+  }
+
   const float* Block(int64_t block) {
     const int64_t begin = block * kBlock, n = Columns(block);
+    if (place_.starts != nullptr) {
+      std::fill(sum_, sum_ + Padded(n), -INFINITY);
+      for (int32_t i = place_.starts[block]; i < place_.starts[block + 1]; ++i) {
+        sum_[place_.entries[i].id - begin] = place_.entries[i].logit;
+      }
+      return sum_;
+    }
     const float* x = row_.Block(begin, n);
     if (place_.bias == nullptr) return x;
     const float* bias = place_.bias + begin;
@@ -92,10 +140,18 @@ class Reader {
 
   // Asks for kPad columns from `column`, in the row or behind it.
   PD_INLINE void Prefetch(int64_t column) const {
+    if (place_.starts != nullptr) return;
     for (int64_t i = 0; i < kPad; i += 2 * kLanes) row_.Prefetch(column + i);
   }
 
   float Element(int64_t i) const {
+    if (place_.starts != nullptr) {
+      const SupportEntry* end = place_.entries + place_.starts[i / kBlock + 1];
+      const SupportEntry* found =
+          std::find_if(place_.entries + place_.starts[i / kBlock], end,
+                       [i](const SupportEntry& entry) { return entry.id == i; });
+      return found == end ? -INFINITY : found->logit;
+    }
     return row_.Element(i) + (place_.bias == nullptr ? 0.0f : place_.bias[i]);
   }
 
@@ -175,11 +231,13 @@ struct Search {
 
 // The one read of memory: maximum and mass of a row without filters.
 inline void ReadRow(Warped& w, VerifySpread spread, double* maxima) {
-  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const int64_t blocks = w.place.Blocks();
   const Scale scale(w.scale);
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader reader(w.place);
     for (int64_t b = begin; b < end; ++b) {
+      maxima[b] = -INFINITY, w.masses[b] = 0;
+      if (reader.Empty(b)) continue;
       const float* x = reader.Block(b);
       const int64_t width = reader.Width(b);
       V top[kParts], sum[kParts];
@@ -216,11 +274,13 @@ inline void ReadRow(Warped& w, VerifySpread spread, double* maxima) {
 
 // Masses of the blocks once the cut is known.
 inline void SumKept(Warped& w, VerifySpread spread) {
-  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const int64_t blocks = w.place.Blocks();
   const WeightAt weight(w);
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader reader(w.place);
     for (int64_t b = begin; b < end; ++b) {
+      w.masses[b] = 0;
+      if (reader.Empty(b)) continue;
       const float* x = reader.Block(b);
       const int64_t width = reader.Width(b);
       V sum[kParts];
@@ -254,12 +314,14 @@ inline float FloatAt(int64_t order) {
 inline void PassPivots(const Warped& w, VerifySpread spread, const float* pivots, const Search& s,
                        double* count, double* mass) {
   constexpr int64_t kP = kVerifyPivots;
-  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const int64_t blocks = w.place.Blocks();
   const WeightAt weight(w);
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader reader(w.place);
     const V one = Set(1.0f);
     for (int64_t b = begin; b < end; ++b) {
+      for (int64_t j = 0; j < kP; ++j) s.counts[b * kP + j] = s.masses[b * kP + j] = 0;
+      if (reader.Empty(b)) continue;
       const float* at = reader.Block(b);
       V counts[kP], masses[kP], bounds[kP];
       for (int64_t j = 0; j < kP; ++j) {
@@ -301,12 +363,15 @@ struct WeightExactly {
 inline double PassExactly(const Warped& w, VerifySpread spread, const float* pivots, int64_t count,
                           const Search& s, double* mass) {
   constexpr int64_t kP = kVerifyPivots, kSide = 8;
-  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const int64_t blocks = w.place.Blocks();
   const WeightExactly weight(w);
   Spread(spread, blocks, [&](int64_t begin, int64_t end) PD_INLINE_LAMBDA {
     Reader reader(w.place);
     double e[kBlock];
     for (int64_t b = begin; b < end; ++b) {
+      s.counts[b] = 0;
+      for (int64_t j = 0; j < count; ++j) s.masses[b * kP + j] = 0;
+      if (reader.Empty(b)) continue;
       const float* x = reader.Block(b);
       const int64_t width = reader.Width(b);
       for (int64_t i = 0; i < width; ++i) e[i] = weight(x[i]);
@@ -400,10 +465,11 @@ inline float FindCut(const Warped& w, VerifySpread spread, bool by_mass, double 
   if (high - low <= 1) return top;
 
   Reader reader(w.place);
-  const int64_t blocks = (w.place.vocab + kBlock - 1) / kBlock;
+  const int64_t blocks = w.place.Blocks();
   const V bottom = Set(FloatAt(low + 1)), highest = Set(top);
   int64_t size = 0;
   for (int64_t b = 0; b < blocks; ++b) {
+    if (reader.Empty(b)) continue;
     const float* at = reader.Block(b);
     for (int64_t i = 0; i < reader.Width(b); i += kLanes) {
       const V x = Load(at + i);
@@ -428,7 +494,7 @@ inline Warped Warp(const Place& place, const double* warpers, VerifySpread sprea
   ReadRow(w, spread, s.counts);
   if (!w.sound) return w;
   if (greedy) {
-    const int64_t blocks = (place.vocab + kBlock - 1) / kBlock;
+    const int64_t blocks = place.Blocks();
     Reader reader(place);
     for (int64_t b = 0; b < blocks && w.point < 0; ++b) {
       if (s.counts[b] != w.max) continue;
@@ -440,8 +506,7 @@ inline Warped Warp(const Place& place, const double* warpers, VerifySpread sprea
     return w;
   }
   const double top_k = warpers[kTopK], top_p = warpers[kTopP], log_min_p = warpers[kLogMinP];
-  const auto vocab = static_cast<double>(place.vocab);
-  if (top_k > 0 && top_k < vocab) {
+  if (top_k > 0 && top_k < static_cast<double>(place.Tokens())) {
     w.cut = FindCut(w, spread, false, top_k, s);
     if (top_p < 1) SumKept(w, spread);
   }

@@ -34,7 +34,8 @@ class Problem {
         target_(Count(shape.slots + 1) * size_of(dtype)),
         draft_(Count(shape.slots) * size_of(dtype)),
         ids_(static_cast<size_t>(shape.batch * shape.slots)),
-        parent_(ids_.size()) {
+        parent_(ids_.size()),
+        support_(static_cast<size_t>(Count(shape.slots))) {
     std::mt19937 random(static_cast<unsigned>(shape.vocab + shape.slots));
     Fill(target_, random);
     Fill(draft_, random);
@@ -44,12 +45,15 @@ class Problem {
       parent_[i] = static_cast<int32_t>(random() % (node + 1)) - 1;
       if (random() % 16 == 0) parent_[i] = int32_t(random() % 9) - 4;  // none, perhaps
     }
+    // Every token of the draft's row, so that it is the same as without.
+    for (size_t i = 0; i < support_.size(); ++i) support_[i] = int64_t(i) % shape.vocab;
     const double numbers[] = {warpers.temperature, warpers.top_k, warpers.top_p,
                               std::log(warpers.min_p)};
     for (size_t i = 0; i < 2 * kWarpers; ++i) warpers_[i] = numbers[i % kWarpers];
   }
 
-  void Check(int capability, const char* name, VerifyMethod method, Lenience lenience) const {
+  void Check(int capability, const char* name, VerifyMethod method, Lenience lenience,
+             bool sparse = false) const {
     const auto batch = static_cast<size_t>(shape_.batch), slots = static_cast<size_t>(shape_.slots);
     const size_t rows = batch * (slots + 1);
     Exact<int64_t> tokens(rows, -7), accepted(batch, -7), path(batch * slots, -7), drafted(batch),
@@ -72,6 +76,11 @@ class Problem {
     if (tree) a.parent = parent_.data();
     a.parent_step = shape_.slots;
     if (!pointed) a.draft = {base(draft_), shape_.slots * row, row};
+    if (sparse && !pointed) {
+      a.support = support_.data();
+      a.support_size = a.support_row_step = row;
+      a.support_request_step = shape_.slots * row;
+    }
     a.ids = ids_.data();
     a.num_drafted = drafted.data();
     a.drafted_step = a.position_step = 1;
@@ -94,6 +103,7 @@ class Problem {
     Exact<double> scratch(static_cast<size_t>(verify_scratch_bytes(a) + 7) / sizeof(double));
     verify_requests_table[capability](a, 0, shape_.batch, nullptr,
                                       reinterpret_cast<float*>(scratch.data()));
+    if (!pointed && !sparse) CheckGradient(a, capability, name);
     for (size_t b = 0; b < batch; ++b) {
       const int64_t n = accepted[b];
       EXPECT(n >= 0 && n <= drafted[b], "%s accepted %d of %d", name, int(n), int(drafted[b]));
@@ -118,6 +128,34 @@ class Problem {
         if (!std::isnan(overlap[b * slots + i]) && !(tree && pointed)) {
           CheckOverlap(b, i, overlap[b * slots + i], name);
         }
+      }
+    }
+  }
+
+  // The total variation of evaluated rows is 1 - overlap; others have a gradient of 0.
+  void CheckGradient(const VerifyArgs& a, int capability, const char* name) const {
+    Bytes gradient(draft_.size(), 0x55);
+    Exact<float> divergence(static_cast<size_t>(shape_.batch * shape_.slots));
+    Exact<double> scratch(static_cast<size_t>(verify_gradient_bytes(a) + 7) / sizeof(double));
+    VerifyGradient g{};
+    g.kind = Kind::kTvd;
+    g.divergence = divergence.data();
+    g.gradient = {reinterpret_cast<const char*>(gradient.data()), shape_.slots * shape_.vocab,
+                  shape_.vocab};
+    verify_gradient_rows_table[capability](a, g, 0, shape_.batch * shape_.slots,
+                                           reinterpret_cast<float*>(scratch.data()));
+    for (size_t i = 0; i < divergence.size(); ++i) {
+      const bool seen = !std::isnan(a.overlap[i]) && warpers_[kTemperature] > 0;
+      EXPECT(std::isnan(divergence[i]) == !seen, "%s divergence %g", name, divergence[i]);
+      if (seen) {
+        const double want = 1 - double(a.overlap[i]);
+        EXPECT(std::fabs(divergence[i] - want) <= 2e-6, "%s total variation %.9g, not %.9g", name,
+               divergence[i], want);
+        continue;
+      }
+      for (size_t j = 0; j < static_cast<size_t>(shape_.vocab); ++j) {
+        const size_t at = (i * static_cast<size_t>(shape_.vocab) + j) * size_of(dtype_);
+        EXPECT(decode(gradient.data() + at, dtype_) == 0, "%s gradient of an unseen row", name);
       }
     }
   }
@@ -191,6 +229,7 @@ class Problem {
   Bytes target_, draft_;
   Exact<int64_t> ids_;
   Exact<int32_t> parent_;
+  Exact<int64_t> support_;
   double warpers_[2 * kWarpers];
 };
 
@@ -207,6 +246,8 @@ int Main() {
           for (int i = 0; i <= static_cast<int>(detected_capability()); ++i) {
             const char* name = capability_name(static_cast<Capability>(i));
             problem.Check(i, name, kVerifyBlock, kStrict);
+            problem.Check(i, name, kVerifyBlock, kStrict, true);
+            problem.Check(i, name, kVerifyTraversal, kStrict, true);
             problem.Check(i, name, kVerifyTypical, kStrict);
             for (const auto method : {kVerifyTargetOnly, kVerifyTree, kVerifyTraversal}) {
               problem.Check(i, name, method, kStrict);

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydistill import _registry
 from pydistill.ops import _rows
@@ -35,6 +37,7 @@ def prepare(
     impl: str,
     explain: bool = True,
     *,
+    draft_topk_ids: Tensor | None,
     tree: Tensor | None,
     num_drafted: int | Tensor | None,
     warpers: tuple[Any, ...],
@@ -55,12 +58,17 @@ def prepare(
     batch, rows, vocab = shape
     slots = rows - 1
     if draft is not None:
-        check_draft(draft, target)
+        check_draft(draft, target, draft_topk_ids is not None)
         if METHODS[rule.method] == "tree_target_only":
             raise ValueError(
                 "draft_logits is given, and method='tree_target_only' asks the target alone; pass"
                 " draft_logits=None, or method='tree' or 'traversal'."
             )
+    elif draft_topk_ids is not None:
+        raise ValueError(
+            "draft_topk_ids is given without draft_logits; pass the draft's logits [B, K, S] of"
+            " these tokens, or neither for a draft that does not sample."
+        )
     backend = backend_of(op, impl, device.type, target.dtype)
     check = not explain and backend == "cpu" and _rows.values_readable(target)
     known = not check and device.type == "cpu"  # values are read, where that is free
@@ -82,8 +90,86 @@ def prepare(
         positions,
         None if logit_bias is None else bias_rows(logit_bias, target),
         None if tree is None else parents(tree, ids, counts, known),
-    )
+        None if draft is None or draft_topk_ids is None else supports(
+            draft_topk_ids, draft, vocab, counts, known
+        ),
+    )  # fmt: skip
     return Call(inputs, rule, backend, check)
+
+
+# Serving repeats its calls but for the numbers in the tensors, the positions, and seeds. What was
+# checked and made for a call is kept by all that it depends on; values are checked by the kernel.
+_calls: dict[Any, tuple[Any, ...]] = {}
+
+
+def key_of(
+    rule: Rule, target: Any, draft: Any, ids: Any, seed: Any, settings: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    """All that the checks of an eager call on the CPU depend on; None where it is not kept."""
+    kinds = tuple(map(type, settings))  # 1, 1.0 and True are one key otherwise
+    if (
+        type(target) is not Tensor
+        or type(ids) is not Tensor
+        or Tensor in kinds
+        or target.requires_grad
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return None
+    drafted: Any = None
+    if draft is not None:
+        if type(draft) is not Tensor or draft.requires_grad:
+            return None
+        drafted = (draft.shape, draft.stride(), draft.dtype, draft.device)
+    return (
+        rule, target.shape, target.stride(), target.dtype, target.device, drafted, ids.shape,
+        ids.dtype, ids.device, ids.is_contiguous(), seed if type(seed) is int else None, settings,
+        kinds, _registry.has_kernel,
+    )  # fmt: skip
+
+
+def known_call(
+    key: Any, target: Tensor, draft: Tensor | None, ids: Tensor, seed: Any, position: Any
+) -> tuple[Any, ...] | None:
+    """The arguments of the kernel, if a call of this key was checked before."""
+    try:
+        found = None if key is None else _calls.get(key)
+    except TypeError:  # a setting is no number
+        return None
+    if found is None:
+        return None
+    counts, warpers, seeds = found
+    batch = target.shape[0]
+    if type(seed) is not int:
+        if not plain_integers(seed, batch):
+            return None
+        seeds = seed
+    if type(position) is int and 0 <= position < 2**63:
+        position = torch.full((1,), position, dtype=torch.int64)
+    elif not plain_integers(position, batch):
+        return None
+    return (target, draft, ids, counts, warpers, seeds, position, None, None, None, *key[0], True)
+
+
+def plain_integers(x: Any, batch: int) -> bool:
+    return (
+        type(x) is Tensor
+        and x.dtype == torch.int64
+        and x.shape == (batch,)
+        and x.device.type == "cpu"
+        and x.is_contiguous()
+    )
+
+
+def remember(key: Any, call: Call, target: Tensor, draft: Tensor | None, ids: Tensor) -> None:
+    """Keeps a call that went well, if its tensors are passed on as they are."""
+    inputs = call.inputs
+    if inputs.target is target and inputs.draft is draft and inputs.ids is ids:
+        if len(_calls) >= 256:
+            _calls.clear()
+        with suppress(TypeError):
+            _calls[key] = (inputs.num_drafted, inputs.warpers, inputs.seed)
 
 
 _native: dict[Any, str] = {}  # calls that a native kernel serves: once loaded, it stays
@@ -103,11 +189,11 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def check_draft(draft: Any, target: Tensor) -> None:
+def check_draft(draft: Any, target: Tensor, sparse: bool) -> None:
     if isinstance(draft, tuple):
         raise TypeError(
-            "draft_logits is a tuple: drafts known on K tokens a row are not built yet; pass dense"
-            " logits [B, K, V], -inf where the draft cannot sample."
+            "draft_logits is a tuple; of a draft known on S tokens a row, pass draft_logits"
+            " [B, K, S] and the tokens' ids as draft_topk_ids."
         )
     _rows.check_logits("draft_logits", draft)
     _rows.check_device("draft_logits", draft, target.device)
@@ -118,10 +204,18 @@ def check_draft(draft: Any, target: Tensor) -> None:
             f"draft_logits has dtype {draft.dtype}, target_logits {target.dtype}; widen one of"
             " them (bf16 to fp32 is exact)."
         )
-    if tuple(draft.shape) != want:
+    if sparse:
+        if draft.ndim != 3 or tuple(draft.shape[:2]) != want[:2]:
+            raise ValueError(
+                f"draft_logits has shape {tuple(draft.shape)}, and target_logits"
+                f" {tuple(target.shape)} with draft_topk_ids asks for {want[:2]} and S tokens a"
+                " row; pass the logits that each drafted token was sampled from."
+            )
+    elif tuple(draft.shape) != want:
         fix = "pass the row that each drafted token was sampled from"
         if draft.ndim == 3 and draft.shape[:2] == want[:2]:
             fix = "slice both to the vocabulary they share, before the draft samples"
+            fix += ", or name the draft's tokens in draft_topk_ids"
         raise ValueError(
             f"draft_logits has shape {tuple(draft.shape)}, and target_logits {tuple(target.shape)}"
             f" asks for {want}; {fix}."
@@ -184,6 +278,37 @@ def parents(tree: Tensor, ids: Tensor, counts: Tensor, known: bool) -> Tensor:
     return rows.int().contiguous()
 
 
+def supports(ids: Any, draft: Tensor, vocab: int, counts: Tensor, known: bool) -> Tensor:
+    """int64 `[B, K, S]`, or `[1, 1, S]` if all rows share their tokens."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"draft_topk_ids is {got}; pass int64 or int32 token ids (ids.long()).")
+    _rows.check_device("draft_topk_ids", ids, draft.device)
+    if tuple(ids.shape) not in (tuple(draft.shape), tuple(draft.shape[-1:])):
+        raise ValueError(
+            f"draft_topk_ids has shape {tuple(ids.shape)}; pass {tuple(draft.shape)}, a token for"
+            f" each of draft_logits, or {tuple(draft.shape[-1:])} if all rows have the same."
+        )
+    rows = contiguous(ids if ids.ndim == 3 else ids[None, None])
+    if known and rows.numel() and _rows.values_readable(rows) and _rows.values_readable(counts):
+        drafted = rows
+        if ids.ndim == 3:  # rows where nothing was drafted may hold anything
+            drafted = rows[torch.arange(rows.shape[1]) < counts[:, None].expand(len(rows), 1)]
+        ordered = drafted.reshape(-1, rows.shape[-1]).sort(-1).values
+        if ordered.numel() and int(ordered[:, -1].max()) >= vocab:
+            raise ValueError(
+                f"draft_topk_ids holds {int(ordered[:, -1].max())}, outside the {vocab} tokens of"
+                f" target_logits; use 0 to {vocab - 1}, and -1 in empty slots."
+            )
+        twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if bool(twice.any()):
+            raise ValueError(
+                f"draft_topk_ids names token {int(ordered[:, 1:][twice][0])} twice in a row; keep"
+                " each token once (-1 marks an empty slot)."
+            )
+    return rows
+
+
 def per_request(name: str, value: Any, batch: int, device: torch.device) -> Tensor:
     """An integer, or one a request, as int64 `[1]` or `[B]`."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Tensor)):
@@ -242,7 +367,7 @@ _BOUNDS = {
 }
 
 
-_NAMES = tuple(_BOUNDS)
+NAMES = tuple(_BOUNDS)
 _OFF = (1.0, 0.0, 1.0, -math.inf)  # min_p as its logarithm
 
 
@@ -254,7 +379,7 @@ def warper_rows(
     columns: list[tuple[int, Tensor]] = []
     ours: list[Any] = []
     for side, given in enumerate((warpers, drafts)):
-        for i, name in enumerate(_NAMES):
+        for i, name in enumerate(NAMES):
             value = given[i]
             if value is not None:
                 value = warper("draft_" + name if side else name, value, batch, device, known)

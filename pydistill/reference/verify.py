@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     is the number of nodes."""
 
     target: Tensor  # [B, K + 1, V]
-    draft: Tensor | None  # [B, K, V]; None: the drafted tokens are point masses
+    draft: Tensor | None  # [B, K, V or S]; None: the drafted tokens are point masses
     ids: Tensor  # int64 [B, K]
     num_drafted: Tensor  # int64 [B or 1]
     warpers: Tensor  # fp64 [B or 1, 2 * WARPERS]: the target's and the draft's
@@ -39,6 +39,7 @@ class Inputs(NamedTuple):
     position: Tensor  # int64 [B or 1]
     logit_bias: Tensor | None  # [B or 1, V]
     parent: Tensor | None  # int32 [B or 1, K] for trees
+    support: Tensor | None  # int64 [B or 1, K or 1, S]: the draft's tokens; None: all V
 
 
 class Rule(NamedTuple):
@@ -131,11 +132,24 @@ def warped(logits: Tensor, warpers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of logits `[B, N, V]` and warpers `[B, WARPERS]`: distributions `[B, N, V]`, log-normalisers
     `[B, N]` (NaN for greedy requests) and whether a row has a softmax `[B, N]`."""
     x = logits.double()
-    temperature, top_k, top_p, log_min_p = (w[:, None, None] for w in warpers.unbind(-1))
     sound = ~(torch.isnan(x) | (x == math.inf)).any(-1) & (x > -math.inf).any(-1)
     x = torch.where(sound[..., None], x, 0)
-    greedy = temperature == 0
-    t = torch.where(greedy, 1.0, temperature)
+    greedy = warpers[:, 0, None, None] == 0
+    t = torch.where(greedy, 1.0, warpers[:, 0, None, None])
+    largest = x.amax(-1, keepdim=True)
+    e = torch.where(x >= cuts(x, warpers), ((x - largest) / t).exp(), 0)
+    total = e.sum(-1, keepdim=True)
+    point = torch.nn.functional.one_hot(x.argmax(-1), x.shape[-1]).double()
+    p = torch.where(greedy, point, e / total) * sound[..., None]
+    lse = largest / t + total.log()
+    lse = torch.where(greedy | ~sound[..., None], math.nan, lse)[..., 0]
+    return p, lse, sound
+
+
+def cuts(x: Tensor, warpers: Tensor) -> Tensor:
+    """The smallest logit that the filters keep, `[B, N, 1]`, of fp64 rows that have a softmax."""
+    temperature, top_k, top_p, log_min_p = (w[:, None, None] for w in warpers.unbind(-1))
+    t = torch.where(temperature == 0, 1.0, temperature)
     ordered = x.sort(-1, descending=True).values
     largest = ordered[..., :1]
     index = torch.where(top_k > 0, top_k, x.shape[-1]).clamp(max=x.shape[-1]).long() - 1
@@ -147,14 +161,30 @@ def warped(logits: Tensor, warpers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     first = torch.where(ordered != ordered.roll(1, -1), place, 0).cummax(-1).values  # of its ties
     inside = (above.gather(-1, first) < top_p * e.sum(-1, keepdim=True)) | (top_p >= 1)
     nucleus = torch.where(inside, ordered, math.inf).amin(-1, keepdim=True)
-    cut = torch.maximum(torch.maximum(cut, nucleus), largest + t * log_min_p)
-    e = torch.where(x >= cut, ((x - largest) / t).exp(), 0)
-    total = e.sum(-1, keepdim=True)
-    point = torch.nn.functional.one_hot(x.argmax(-1), x.shape[-1]).double()
-    p = torch.where(greedy, point, e / total) * sound[..., None]
-    lse = largest / t + total.log()
-    lse = torch.where(greedy | ~sound[..., None], math.nan, lse)[..., 0]
-    return p, lse, sound
+    return torch.maximum(torch.maximum(cut, nucleus), largest + t * log_min_p)
+
+
+def dense(logits: Tensor, support: Tensor | None, vocab: int) -> Tensor:
+    """Rows `[B, K, V]` of logits on a support: -inf outside, and NaN throughout where an id is
+    outside the vocabulary or comes twice. Ids below 0 mark empty slots."""
+    if support is None:
+        return logits
+    ids = support.expand(logits.shape)
+    ordered = ids.sort(-1).values
+    wrong = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
+    wrong = wrong | (ids >= vocab).any(-1)
+    place = torch.where((ids >= 0) & (ids < vocab), ids, vocab)  # a column that is cut off
+    rows = logits.new_full((*ids.shape[:2], vocab + 1), -math.inf, dtype=torch.float64)
+    rows = rows.scatter(-1, place, logits.double())[..., :vocab]
+    return torch.where(wrong[..., None], math.nan, rows)
+
+
+def biased(target: Tensor, logit_bias: Tensor | None) -> Tensor:
+    """The target's rows; one addition, in fp32 at least."""
+    if logit_bias is None:
+        return target
+    wide = torch.promote_types(target.dtype, torch.float32)
+    return target.to(wide) + logit_bias[:, None].to(wide)
 
 
 def distributions(inputs: Inputs) -> Distributions:
@@ -162,16 +192,15 @@ def distributions(inputs: Inputs) -> Distributions:
     batch, slots = ids.shape
     vocab = target.shape[-1]
     warpers = inputs.warpers.expand(batch, -1)
-    if inputs.logit_bias is not None:
-        wide = torch.promote_types(target.dtype, torch.float32)
-        target = target.to(wide) + inputs.logit_bias[:, None].to(wide)
+    target = biased(target, inputs.logit_bias)
     p, target_lse, target_sound = warped(target, warpers[:, :WARPERS])
     point = torch.nn.functional.one_hot(ids.clamp(0, vocab - 1), vocab).double()
     if inputs.draft is None:
         nan = torch.full((batch, slots), math.nan, dtype=torch.float64, device=ids.device)
         pointed = torch.ones(batch, dtype=torch.bool, device=ids.device)
         return Distributions(p, point, target_lse, nan, target_sound, torch.isnan(nan), pointed)
-    q, draft_lse, draft_sound = warped(inputs.draft, warpers[:, WARPERS:])
+    draft = dense(inputs.draft, inputs.support, vocab)
+    q, draft_lse, draft_sound = warped(draft, warpers[:, WARPERS:])
     pointed = (warpers[:, 0] == 0) | (warpers[:, WARPERS] == 0)
     return Distributions(
         p,
@@ -437,6 +466,41 @@ def _verify_tree(inputs: Inputs, rule: Rule) -> Outputs:
         flags.int(),
         path,
     )
+
+
+class GradientRows(NamedTuple):
+    """What `verify_with_gradient` compares: logits `[B, K, V]` of draft and target, fp64, both to
+    be divided by the draft's `temperature [B]`; zeros but in the `counted [B, K]`, rows that were
+    evaluated. `wrong [B, K]`: rows without a softmax."""
+
+    student: Tensor
+    teacher: Tensor
+    temperature: Tensor
+    counted: Tensor
+    wrong: Tensor
+
+
+def gradient_rows(
+    target: Tensor,
+    draft: Tensor,
+    warpers: Tensor,
+    logit_bias: Tensor | None,
+    overlap: Tensor,
+    flags: Tensor,
+) -> GradientRows:
+    """`overlap` and `flags` are the verification's. Greedy requests have no softmax to derive."""
+    warpers = warpers.expand(len(target), -1)
+    wrong = (flags[:, :-1] & (BAD_TARGET | BAD_DRAFT)) != 0
+    pointed = (warpers[:, 0] == 0) | (warpers[:, WARPERS] == 0)
+    counted = ~torch.isnan(overlap) & ~wrong & ~pointed[:, None]
+    x, y = biased(target, logit_bias)[:, :-1].double(), draft.double()
+    x, y = (torch.where(counted[..., None], z, 0) for z in (x, y))
+    temperature = torch.where(pointed, 1.0, warpers[:, WARPERS])
+    ratio = temperature / torch.where(pointed, 1.0, warpers[:, 0])
+    moved = (x - x.amax(-1, keepdim=True)) * ratio[:, None, None]  # at the draft's temperature
+    teacher = torch.where(x >= cuts(x, warpers[:, :WARPERS]), moved, -math.inf)
+    student = torch.where(y >= cuts(y, warpers[:, WARPERS:]), y, -math.inf)
+    return GradientRows(student, teacher, temperature, counted, wrong)
 
 
 def verify_reference(inputs: Inputs, rule: Rule) -> Outputs:

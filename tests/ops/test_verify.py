@@ -201,12 +201,20 @@ def test_requests_alone_ragged_and_on_more_threads(method: str, each_cpu: str) -
 
 
 T, D = torch.randn(2, 4, 9), torch.randn(2, 3, 9)
-IDS = torch.zeros(2, 3, dtype=torch.int64)
+IDS, ALL = torch.zeros(2, 3, dtype=torch.int64), torch.arange(9)
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown method": ({"method": "blocks"}, ValueError, "method='blocks' is not known; use one"),
     "no tree": ({"method": "tree"}, ValueError, "method='tree' needs a tree; pass tree=, int32"),
     "a tree": ({"tree": IDS}, ValueError, "tree is given, and method='token' is for chains; use"),
-    "sparse draft": ({"draft_logits": (D, IDS)}, TypeError, "K tokens a row are not built yet"),
+    "a pair": ({"draft_logits": (D, IDS)}, TypeError, "is a tuple; of a draft known on S"),
+    "support alone": ({"draft_logits": None, "draft_topk_ids": IDS[..., None]}, ValueError,
+                      "draft_topk_ids is given without draft_logits"),
+    "support of float": ({"draft_topk_ids": D}, TypeError, "draft_topk_ids is torch.float32"),
+    "support's shape": ({"draft_topk_ids": IDS}, ValueError, r"pass \(2, 3, 9\), a token for each"),
+    "support's rows": ({"draft_logits": T, "draft_topk_ids": ALL.expand(2, 4, 9)}, ValueError,
+                       r"asks for \(2, 3\) and S tokens a row"),
+    "outside": ({"draft_topk_ids": ALL + 1}, ValueError, "draft_topk_ids holds 9, outside the 9"),
+    "twice": ({"draft_topk_ids": ALL.expand(2, 3, 9) // 2}, ValueError, "names token 0 twice in a"),
     "two dimensions": ({"target_logits": T[0]}, ValueError, r"pass \[B, K \+ 1, V\]"),
     "integers": ({"target_logits": T.long()}, TypeError, "target_logits has dtype torch.int64"),
     "slots": ({"draft_logits": T}, ValueError, r"asks for \(2, 3, 9\); pass the row"),
@@ -257,14 +265,55 @@ def test_wrong_arguments(name: str, impl_name: str) -> None:  # the kernel check
         verify(**{**call, "impl": impl_name, **arguments})
 
 
+def test_a_repeated_call_is_checked_again(native_impl: str) -> None:
+    """What the first call made is kept; what differs, and what is wrong, is seen all the same."""
+    target, draft = 2 * torch.randn(5, 4, 300), 2 * torch.randn(5, 3, 300)
+    ids = draft.argmax(-1)
+    call: dict[str, Any] = {"position": 3, "temperature": 1.0, "impl": native_impl}
+    seeds = torch.arange(5)
+    first = [verify(target, draft, ids, seed=s, **call) for s in (0, 1, seeds)]
+    assert not same(first[0], first[1])
+    for _ in range(2):
+        again = [verify(target, draft, ids, seed=s, **call) for s in (0, 1, seeds)]
+        assert all(same(*pair) for pair in zip(again, first, strict=True))
+        assert same(verify(target, draft, ids, seed=0, **{**call, "temperature": 1}), first[0])
+        other = verify(target, draft, ids, seed=0, **{**call, "position": torch.full((5,), 3)})
+        assert same(other, first[0])
+        assert not same(verify(target, draft, ids, seed=0, **{**call, "position": 4}), first[0])
+        wide = torch.full((5, 4, 400), nan)
+        wide[..., :300] = target
+        assert same(verify(wide[..., :300], draft, ids, seed=0, **call), first[0])
+        assert same(verify(target, draft, ids.int(), seed=0, **call), first[0])
+        assert same(verify(target, draft, ids.T.contiguous().T, seed=0, **call), first[0])
+        wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+            ({"temperature": True}, TypeError, "temperature is a bool"),
+            ({"seed": False}, TypeError, "seed is a bool"),
+            ({"seed": 0.0}, TypeError, "seed is a float"),
+            ({"seed": seeds[:4]}, ValueError, "seed has shape"),
+            ({"position": -1}, ValueError, "position=-1 is no number"),
+            ({"position": 2**63}, ValueError, "does not fit in an int64"),
+            ({"position": True}, TypeError, "position is a bool"),
+            ({"num_drafted": 4}, ValueError, "num_drafted=4 is no number"),
+            ({"draft_ids": ids + 300}, ValueError, "draft_ids holds"),
+            ({"lenience": ("linear", True)}, TypeError, "lenience linear is a bool"),
+            ({"lenience": ["linear", 1.0]}, TypeError, "pass a pair"),
+            ({"top_k": [3]}, TypeError, "top_k is a list"),
+        ]
+        verify(target, draft, ids, seed=0, lenience=("linear", 1.0), **call)
+        for change, error, message in wrong:
+            given = {"draft_ids": ids, "seed": 0, **call, **change}
+            with pytest.raises(error, match=message):
+                verify(target, draft, **given)
+
+
 def kernel_arguments() -> dict[str, Any]:
     drafted, rows = torch.zeros(2, 3), torch.zeros(2, 4)
     warpers = torch.tensor([[1.0, 0.0, 1.0, -inf] * 2], dtype=torch.float64)
     return {
         "target": T, "draft": D, "ids": IDS, "num_drafted": torch.tensor([3, 2]),
         "warpers": warpers, "seed": torch.zeros(1).long(), "position": torch.zeros(2).long(),
-        "logit_bias": None, "parent": None, "method": 0, "lenience": 0, "strength": 0.0,
-        "alpha": 0.0, "check": False,
+        "logit_bias": None, "parent": None, "support": None, "method": 0,
+        "lenience": 0, "strength": 0.0, "alpha": 0.0, "check": False,
         "tokens": rows.long(), "num_accepted": torch.zeros(2).long(), "logprobs": rows.clone(),
         "overlap": drafted.clone(), "bias": drafted.clone(), "target_lse": rows.clone(),
         "draft_lse": drafted.clone(), "flags": rows.int(), "path": drafted.long(),
@@ -277,7 +326,7 @@ def test_memory_safety_is_checked_below_python(native_impl: str) -> None:
     bad = {
         "target": T[0], "draft": D[:, :2], "ids": IDS[:, :2], "num_drafted": torch.zeros(3).long(),
         "warpers": torch.zeros(1, 8), "seed": torch.zeros(3).long(), "position": IDS[:, 0].int(),
-        "logit_bias": torch.zeros(8), "parent": IDS, "method": 6, "lenience": -1,
+        "logit_bias": torch.zeros(8), "parent": IDS, "support": IDS, "method": 6, "lenience": -1,
         "tokens": torch.zeros(2, 4), "num_accepted": IDS, "logprobs": torch.zeros(2, 3),
         "overlap": torch.zeros(3, 2).T,
         "bias": torch.zeros(2, 4), "target_lse": torch.zeros(2), "draft_lse": D,
@@ -288,8 +337,64 @@ def test_memory_safety_is_checked_below_python(native_impl: str) -> None:
             op(*{**kernel_arguments(), name: value}.values())
     wild = {**kernel_arguments(), "num_drafted": torch.tensor([-5, 99])}
     op(*wild.values())  # held to 0 and K
-    with pytest.raises(RuntimeError, match="a value of draft_ids, num_drafted, position, tree or"):
+    with pytest.raises(
+        RuntimeError, match="a value of draft_ids, num_drafted, position, tree, draft"
+    ):
         op(*{**wild, "check": True}.values())
+
+
+@pytest.mark.parametrize("method", ["token", "block", "typical", "tree", "traversal"])
+def test_a_support_is_a_row_of_nothing_else(method: str, each_cpu: str) -> None:
+    """The same tokens as of dense rows that are -inf outside; tokens in any order, of each row or
+    shared, in some blocks of the row and not in others."""
+    batch, slots, vocab = 60, 3, 4500
+    target = 2 * torch.randn(batch, slots + 1, vocab)
+    noisy = target[:, :-1] + torch.randn(batch, slots, vocab)
+    each = noisy.topk(12).indices[..., torch.randperm(12)]
+    shared = torch.cat([torch.randperm(1000)[:700], 3000 + torch.randperm(1500)])
+    target[..., shared] += 3
+    call: dict[str, Any] = {
+        "method": method, "seed": 4, "position": torch.arange(batch), "top_p": 0.97,
+        "draft_top_p": 1.0, "impl": each_cpu,
+    }  # fmt: skip
+    row = [0, 1, 2]  # that each token is drawn from
+    if method in reference.TREES:
+        call["tree"], row = torch.tensor([-1, -1, 0]), [0, 0, 1]
+    for ids in (each.int(), shared):
+        tokens = ids.long().expand(batch, slots, -1)
+        logits = noisy.gather(-1, tokens)
+        dense = torch.full_like(noisy, -inf).scatter(-1, tokens, logits)
+        drawn = torch.distributions.Categorical(logits=logits[:, row]).sample()
+        drafted = tokens[:, row].gather(-1, drawn[..., None])[..., 0]
+        want = verify(target, dense, drafted, **call)
+        got = verify(target, logits, drafted, draft_topk_ids=ids, **call)
+        assert len(set(want.num_accepted.tolist())) > 1 and (want.flags == 0).all()
+        for x, y in zip(got, want, strict=True):
+            close(x, y, rtol=0, atol=2e-6 if x.is_floating_point() else 0, equal_nan=True)
+
+
+def test_faults_of_a_support(impl: str) -> None:
+    """Under vmap no value is read: what cannot be a draft's row is flagged."""
+    target, logits = torch.randn(6, 3, 2000), torch.randn(6, 2, 4)
+    tokens = torch.tensor([5, 1999, 7, -1]).repeat(6, 2, 1)
+    ids = tokens[..., 0].clone()
+    logits[0, 0, 3] = nan  # in an empty slot
+    ids[1, 0] = 6
+    tokens[2, 0, 1], tokens[3, 0, 2], logits[4, 0, 1], tokens[5, 0] = 2000, 5, nan, -1
+
+    def f(t: Tensor, d: Tensor, i: Tensor, s: Tensor) -> VerifyResult:
+        return verify(t, d, i, draft_topk_ids=s, lenience=("ensemble", 0.0), seed=1, position=2,
+                      impl=impl)  # fmt: skip
+
+    found = torch.vmap(f)(target[:, None], logits[:, None], ids[:, None], tokens[:, None])
+    bad = [0, IMPOSSIBLE, BAD_DRAFT, BAD_DRAFT, BAD_DRAFT, BAD_DRAFT]
+    assert found.flags[:, 0, 0].tolist() == bad
+    assert found.num_accepted[:, 0].tolist() == [2, 0, 0, 0, 0, 0]
+    assert (found.tokens[:, 0, 0] >= 0).all()
+    alike = torch.vmap(f, in_dims=(0, 0, 0, None))(
+        target[:1, None], logits[:1, None], ids[:1, None], tokens[0, 0]
+    )
+    assert torch.equal(alike.tokens, found.tokens[:1])
 
 
 def test_no_gradient(impl: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pydistill.ops._verify_call import rule_of
 from pydistill.reference import verify as reference
-from verify_law import Law, World, law, rows
+from verify_law import Law, World, law, rows, support_of
 
 OP = "verify"
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -18,12 +18,13 @@ LOSSLESS = ("token", "block")
 
 
 def world(vocab: int, slots: int, target: str = "", draft: str = "", drafted: int | None = None,
-          **options: Any) -> World:  # fmt: skip
+          support: int = 0, tail: bool = False, **options: Any) -> World:  # fmt: skip
     p = rows(vocab, 7, pattern=target)
     q: Any = p if draft == "same" else rows(vocab, 1_000_003, pattern=draft)
     if draft == "greedy":
         q = lambda prefix: len(prefix) % vocab
-    return World(vocab, slots, p, q, options, drafted)
+    few = support_of(vocab, support)
+    return World(vocab, slots, p, q, options, drafted, support=few, tail=tail)
 
 
 WORLDS: dict[str, Callable[[], World]] = {
@@ -59,6 +60,11 @@ WORLDS: dict[str, Callable[[], World]] = {
     "all": lambda: world(6, 2, temperature=1.3, top_k=5, top_p=0.9, min_p=0.1),
     "target alone": lambda: world(5, 3, top_k=3, top_p=0.8, draft_top_k=0, draft_top_p=1.0),
     "draft alone": lambda: world(5, 3, draft_top_k=2, draft_min_p=0.2),
+    "support": lambda: world(5, 3, support=3),
+    "tail": lambda: world(5, 3, support=3, tail=True),
+    "tail of nearly all": lambda: world(4, 3, support=1, tail=True, temperature=0.7),
+    "support of one": lambda: world(4, 3, support=1),
+    "support with warpers": lambda: world(6, 2, support=4, temperature=0.8, top_k=3, top_p=0.9),
     "bias": lambda: world(4, 3, logit_bias=torch.tensor([0.5, -1.0, -math.inf, 2.0]).double()),
 }
 
@@ -97,7 +103,9 @@ LENIENT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["plain-5-3", "one-hot", "top-p", "disjoint", "within", "same"])
+@pytest.mark.parametrize(
+    "name", ["plain-5-3", "one-hot", "top-p", "disjoint", "within", "same", "support"]
+)
 @pytest.mark.parametrize("form", LENIENT)
 def test_reported_bias_is_the_distance_of_the_law(form: str, name: str) -> None:
     lenience, budget = LENIENT[form]
@@ -110,7 +118,9 @@ def test_reported_bias_is_the_distance_of_the_law(form: str, name: str) -> None:
         assert found.first_distance() == pytest.approx(min(budget, missed), abs=1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain-5-3", "one-hot", "top-p", "disjoint", "point target"])
+@pytest.mark.parametrize(
+    "name", ["plain-5-3", "one-hot", "top-p", "disjoint", "point target", "support"]
+)
 @pytest.mark.parametrize("typical", [None, (1.0, 1.0), (0.2, 0.5), (0.0, 0.0), (0.05, 1.0)])
 def test_typical_reports_its_bias(typical: tuple[float, float] | None, name: str) -> None:
     found = law(WORLDS[name](), rule_of("typical", None, None, None, typical))
@@ -154,7 +164,18 @@ def _filter_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reference, "warped", lambda x, w: right(x, off.expand_as(w)))
 
 
+def _tokens_in_order(patch: pytest.MonkeyPatch) -> None:
+    right = reference.dense
+
+    def wrong(logits: Tensor, support: Tensor | None, vocab: int) -> Tensor:
+        return right(logits, None if support is None else support.sort(-1).values, vocab)
+
+    patch.setattr(reference, "dense", wrong)
+
+
 MUTANTS: dict[str, tuple[str, str, Patch]] = {
+    "tokens of a support mixed up": ("token", "support", _tokens_in_order),
+    "tokens of a support mixed up in block": ("block", "support", _tokens_in_order),
     "residual dropped": ("token", "plain-4-3", _residual_dropped),
     "residual dropped in block": ("block", "plain-4-3", _residual_dropped),
     "wrong row": ("token", "plain-4-3", _wrong_row),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pydistill.ops._verify_call import rule_of
 from pydistill.reference import verify as reference
-from verify_law import World, law, rows
+from verify_law import World, law, rows, support_of
 
 OP = "verify"
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -27,7 +27,7 @@ def rule(method: str) -> reference.Rule:
 
 
 def world(vocab: int, tree: str, target: str = "", draft: str = "", drafted: int | None = None,
-          **options: Any) -> World:  # fmt: skip
+          support: int = 0, tail: bool = False, **options: Any) -> World:  # fmt: skip
     p = rows(vocab, 7, pattern=target)
     q: Any = p if draft == "same" else rows(vocab, 1_000_003, pattern=draft)
     if draft == "ranked":  # the draft's most likely tokens, best first
@@ -35,7 +35,8 @@ def world(vocab: int, tree: str, target: str = "", draft: str = "", drafted: int
         q = lambda prefix: tuple(torch.tensor(scores(prefix)).argsort(descending=True).tolist())
     if draft == "twice":  # a token twice
         q = lambda prefix: (0, 0, *range(1, vocab))
-    return World(vocab, len(TREES[tree]), p, q, options, drafted, TREES[tree])
+    few = support_of(vocab, support)
+    return World(vocab, len(TREES[tree]), p, q, options, drafted, TREES[tree], few, tail)
 
 
 WORLDS: dict[str, Callable[[], World]] = {
@@ -50,6 +51,9 @@ WORLDS: dict[str, Callable[[], World]] = {
     "ties": lambda: world(4, "levels", target="ties", draft="ties", top_k=2, draft_top_k=0),
     "infinite": lambda: world(4, "two below", target="infinite", draft="infinite"),
     "exhausted": lambda: world(4, "three", draft="infinite"),
+    "support": lambda: world(5, "levels", support=3),
+    "tail": lambda: world(4, "levels", support=2, tail=True),
+    "exhausted support": lambda: world(4, "three", support=3),
     "disjoint": lambda: world(6, "two below", target="low half", draft="high half"),
     "within": lambda: world(6, "three", draft="low half"),
     "around": lambda: world(6, "two below", target="high half"),

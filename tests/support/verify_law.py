@@ -70,6 +70,13 @@ def rows(
     return row
 
 
+def support_of(vocab: int, size: int) -> Callable[[tuple[int, ...]], tuple[int, ...]] | None:
+    """So many tokens for every prefix, in an order that is not theirs; all for 0."""
+    if not size:
+        return None
+    return lambda prefix: tuple((sum(prefix) + 2 * size - i) % vocab for i in range(size))
+
+
 @dataclass
 class World:
     vocab: int
@@ -79,6 +86,8 @@ class World:
     options: dict[str, Any] = field(default_factory=dict)  # of `verify`
     drafted: int | None = None
     tree: tuple[int, ...] | None = None  # parents; a draft of point masses gives a token a sibling
+    support: Callable[[tuple[int, ...]], tuple[int, ...]] | None = None  # the draft's known tokens
+    tail: bool = False  # it sampled from the others too
     known: dict[tuple[int, ...], Row] = field(default_factory=dict)  # p of a prefix
 
     def warpers(self, prefix: str = "") -> dict[str, Any]:
@@ -103,7 +112,16 @@ class World:
         row = self.draft(prefix)
         if isinstance(row, int):
             return [float(i == row) for i in range(self.vocab)]
-        return by_hand(row, **self.warpers("draft_"))
+        if self.support is None or self.tail:
+            return by_hand(row, **self.warpers("draft_"))
+        known = by_hand(self.drafted_row(prefix), **self.warpers("draft_"))
+        q = dict(zip(self.support(prefix), known, strict=True))
+        return [q.get(token, 0.0) for token in range(self.vocab)]
+
+    def drafted_row(self, prefix: tuple[int, ...]) -> Row:
+        """The draft's logits as `verify` is given them."""
+        row = self.draft(prefix)
+        return row if self.support is None else [row[token] for token in self.support(prefix)]
 
 
 @dataclass
@@ -268,12 +286,16 @@ def _inputs(
     target_only = reference.METHODS[rule.method] == "tree_target_only"
     pointed = target_only or isinstance(world.draft(()), (int, tuple))
     draft = None if pointed else torch.tensor(
-        [[world.draft(p) for p in row[:-1]] for row in places], dtype=torch.float64
-    ).reshape(len(sequences), k, v)  # fmt: skip
+        [[world.drafted_row(p) for p in row[:-1]] for row in places], dtype=torch.float64
+    ).reshape(len(sequences), k, v if world.support is None else -1)  # fmt: skip
+    support = None if world.support is None or pointed else torch.tensor(
+        [[world.support(p) for p in row[:-1]] for row in places]
+    )  # fmt: skip
     ids = torch.tensor(sequences, dtype=torch.int64).reshape(len(sequences), k)
     options = world.options
     call = _verify_call.prepare(
         "verify", target, draft, ids, rule, "reference",
+        draft_topk_ids=support,
         tree=None if world.tree is None else torch.tensor(world.tree, dtype=torch.int32),
         num_drafted=world.drafted,
         warpers=tuple(options.get(n) for n in WARPERS),

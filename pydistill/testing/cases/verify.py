@@ -102,6 +102,15 @@ def _tree_rows(target: Tensor, draft: Tensor, tree: Tensor, g: torch.Generator) 
     return ids
 
 
+def _support(draft: Tensor, tokens: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Logits and ids `[B, K, S]` of the tokens of each row, in any order; one slot of every other
+    request is empty."""
+    tokens = tokens[..., torch.randperm(tokens.shape[-1], generator=g)]
+    logits = draft.gather(-1, tokens)
+    tokens[::2, :, 1], logits[::2, :, 1] = -1, torch.nan
+    return logits, tokens
+
+
 def _poison(target: Tensor, draft: Tensor, ids: Tensor) -> None:
     """One fault a request, at its first or last slot; requests 0 and 9 and beyond are sound."""
     target[1, 0, 5], target[2, -1, 0], target[3, 1] = torch.nan, torch.inf, -torch.inf
@@ -123,6 +132,7 @@ def _case(
     poisoned: bool = False,
     ragged: bool = False,
     biased: bool = False,
+    support: int = 0,
     strided: bool = False,
     each: tuple[str, ...] = (),
     shape: str | None = None,
@@ -137,9 +147,15 @@ def _case(
         g = torch.Generator().manual_seed(seed + zlib.crc32(case_id.encode()))
         target, draft = (x.to(dtype) for x in _rows(pattern, batch, slots, v, g))
         tree = None if shape is None else _SHAPES[shape](batch, slots, g)
+        tokens = draft.topk(support).indices
+        if support:
+            kept = torch.zeros_like(draft, dtype=torch.bool).scatter(-1, tokens, True)
+            draft = torch.where(kept, draft, -torch.inf)
         ids = _sampled(draft, g) if tree is None else _tree_rows(target, draft, tree, g)
         if poisoned:
             _poison(target, draft, ids)
+        if support:
+            draft, tokens = _support(draft, tokens, g)
         if strided:
             wide = torch.full((batch, slots + 3, v + 5), torch.nan, dtype=dtype)
             wide[:, 2:, 3:-2] = target
@@ -154,6 +170,8 @@ def _case(
             "position": (7 * torch.arange(batch)).to(device),
             **options,
         }
+        if support:
+            call["draft_topk_ids"] = tokens.to(device)
         if tree is not None:
             call["tree"] = tree.int().to(device)
         if ragged:
@@ -204,7 +222,10 @@ def _table() -> list[Case]:
             add("warped", 30, 3, 2500, method, dtype=dtype, **everything)
             add("ties", 30, 3, 1500, method, dtype=dtype, pattern="ties", top_k=40, top_p=0.8)
             add("one_hot", 30, 4, 1300, method, dtype=dtype, one_hot=True)
+            add("support", 24, 3, 3500, method, dtype=dtype, support=9)
         add("equal", 12, 4, 2100, method, pattern="equal")
+        add("support_warped", 24, 3, 1500, method, support=80, **everything)
+        add("support_poisoned", 14, 3, 1067, method, support=1067, poisoned=True)
         add("peaked", 30, 4, 1100, method, pattern="peaked")
         add("disjoint", 12, 3, 2050, method, pattern="disjoint")
         add("infinite", 20, 3, 1067, method, pattern="infinite", top_p=0.95)
@@ -235,6 +256,9 @@ def _table() -> list[Case]:
             plant("warped", 12, 6, 1500, dtype=dtype, **everything)
             plant("ties", 12, 6, 1500, dtype=dtype, pattern="ties", top_k=40, top_p=0.8)
             plant("one_hot", 12, 6, 1300, dtype=dtype, one_hot=True)
+        if method != "tree_target_only":
+            plant("support", 12, 7, 3500, support=9)
+            plant("support_warped", 12, 6, 1500, support=80, **everything)
         plant("chain", 24, 4, 500, shape="chain")
         plant("siblings", 12, 9, 1100, shape="siblings")
         plant("all_siblings", 24, 6, 6, shape="siblings")
@@ -262,6 +286,7 @@ def _table() -> list[Case]:
             add(name, 40, 4, 1000, dtype=dtype, **options)
         add(f"{name}_filtered", 20, 4, 1500, top_k=30, draft_top_p=0.9, draft_top_k=0, **options)
         add(f"{name}_one_hot", 30, 4, 1300, one_hot=True, top_p=0.9, **options)
+        add(f"{name}_support", 24, 3, 3500, support=9, **options)
         add(f"{name}_greedy", 30, 4, 1300, temperature=0.0, **options)
         add(f"{name}_poisoned", 14, 3, 1067, poisoned=True, **options)
     for dtype in (FP32, BF16):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pydistill import VerifyResult, verify
+from pydistill import VerifyGradient, VerifyResult, verify, verify_with_gradient
 
 OP = "verify"
 
@@ -54,3 +54,19 @@ def test_a_tangent_is_never_dropped(impl: str) -> None:
         )  # fmt: skip
         with forward_ad.dual_level(), pytest.raises(Exception, match="has no derivatives"):
             f(forward_ad.make_dual(t, torch.ones_like(t)))
+
+
+def test_gradient(impl: str) -> None:
+    t, d, ids = torch.randn(2, 3, 9), torch.randn(2, 2, 9), torch.tensor([[1, 2], [3, 4]])
+
+    def f(t: Tensor, d: Tensor) -> VerifyGradient:
+        return verify_with_gradient(t, d * 1, ids, "tvd", seed=1, position=2, impl=impl)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    if impl == "reference":
+        with pytest.raises(Exception, match="cannot trace; call it outside of compiled code"):
+            compiled(t, d)
+        return
+    got, want = compiled(t, d), f(t, d)
+    torch.testing.assert_close(got.gradient, want.gradient, rtol=0, atol=1e-7)
+    torch.testing.assert_close(got.divergence, want.divergence, rtol=0, atol=1e-7, equal_nan=True)
