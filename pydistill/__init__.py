@@ -24,6 +24,8 @@ from pydistill.ops.topk_logprobs import topk_logprobs as topk_logprobs
 from pydistill.ops.verify import VerifyResult as VerifyResult
 from pydistill.ops.verify import verify as verify
 from pydistill.reference.divergence import KINDS as KINDS
+from pydistill.speculative import GenerateResult as GenerateResult
+from pydistill.speculative import generate as generate
 
 try:
     __version__ = version("pydistill-kernels")
