@@ -32,7 +32,7 @@ class CachedModel:
 
         self.model = model
         # Sliding layers keep everything, too: their mask is made from the columns' distances.
-        self.cache = Cache(layer_class_to_replicate=GrowingLayer)
+        self.cache: Any = Cache(layer_class_to_replicate=GrowingLayer)
         self.lengths = [0] * batch
         self.context = context_of(model)
         accepted = inspect.signature(model.forward).parameters
@@ -101,12 +101,18 @@ def check_model(name: str, model: Any) -> None:
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} {kind} has an encoder; pass a decoder-only causal model.")
-    others = set(getattr(text, "layer_types", None) or ()) - _ATTENTION
-    if getattr(model, "_is_stateful", False) or others or cache_argument(model) is None:
-        what = f"layers of type {', '.join(sorted(others))}" if others else "recurrent state"
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION)
+    what = None
+    if getattr(model, "_is_stateful", False):
+        what = "recurrent state"
+    elif others:
+        what = f"layers of type {', '.join(others)}"
+    elif cache_argument(model) is None:
+        what = "no key-value cache"
+    if what is not None:
         raise ValueError(
-            f"{name} {kind} has {what}, which cannot be rolled back behind rejected tokens yet;"
-            " pass a model whose layers are full or sliding attention."
+            f"{name} {kind} has {what}, and cannot be rolled back behind rejected tokens yet; pass"
+            " a model whose layers are full or sliding attention."
         )
     if model.training:
         raise ValueError(f"{name} is in training mode, with dropout; call {name}.eval() first.")

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pydistill.ops.verify import BAD_DRAFT, VerifyResult, verify
+from pydistill.ops.verify import VerifyResult, verify
 from pydistill.speculative import drafts, settings
 from pydistill.speculative.cached_model import CachedModel, check_model, context_of, vocabulary_of
 from pydistill.speculative.draft_length import DraftLength, costs_of
@@ -194,7 +193,7 @@ class Decoder:
         if q is not None:
             dtype = torch.promote_types(logits.dtype, q.dtype)  # widening loses nothing
             logits, q = logits.to(dtype), q.to(device, dtype)
-        result = verify(
+        return verify(
             logits,
             q,
             ids.to(device),
@@ -204,13 +203,6 @@ class Decoder:
             position=torch.tensor([len(x.tokens) for x in active], device=device),
             **self.settings.warpers,
         )
-        if slots and bool((result.flags & BAD_DRAFT).any()):
-            warnings.warn(
-                "the draft's logits have no softmax (NaN or infinity), so its tokens are not"
-                " used; mend its weights, or pass another draft.",
-                stacklevel=5,
-            )
-        return result
 
     def _commit(
         self, result: VerifyResult, accepted: list[int], counts: list[int]

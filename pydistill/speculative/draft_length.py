@@ -5,9 +5,10 @@ K d + v(K + 1) seconds: d of the draft for one token, v(w) of the target for w. 
 of the largest rate, 0 where no K beats plain decoding. v is what was measured, straight lines
 between; a is a count that forgets, over the last 50 evaluated tokens or so.
 
-Trying costs time, and may lose some. What was lost against plain decoding is kept as a debt; with
-more than 3 % of the time of the tokens so far, and of at most 64 to come, `auto` stops drafting
-until plain tokens have paid. So a draft that is useless costs 3 % of a long answer.
+Trying costs time, and may lose some. What was lost against plain decoding is kept as a debt. `auto`
+drafts no more than what, with nothing accepted, leaves the debt within 3 % of the time of the
+tokens so far and of at most 64 to come. So a useless draft costs 3 % of a long answer, and a good
+one earns what longer drafts need.
 
 Costs outlive the call: they are properties of two models on a machine, and a short answer has no
 time to find them. Only speed depends on them, and, for `auto`, where blocks start.
@@ -22,6 +23,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 _RECENT = 9  # measurements of one shape; the median of them counts
+_SURE = 3  # measurements of a shape from which its median is believed
 _MEMORY = 0.98  # of acceptance, for each evaluated token
 _ALLOWANCE = 0.03  # of the time of plain decoding
 _AHEAD = 64  # tokens to come that the allowance counts on
@@ -49,10 +51,10 @@ class Costs:
         known = [(1, plain)]
         for (size, w), times in sorted(self.runs.items()):
             if size == batch and w > 1:
-                # The first runs of a shape are slow; until there are three, hope for better.
+                # The first runs of a shape are slow; until there are a few, hope for better.
                 hoped = plain * (1 + _SLOPE * (w - 1))
                 measured = _median(times)
-                known.append((w, min(measured, hoped) if len(times) < 3 else measured))
+                known.append((w, min(measured, hoped) if len(times) < _SURE else measured))
         at = next((i for i, (w, _) in enumerate(known) if w >= width), len(known))
         if at < len(known) and known[at][0] == width:
             return known[at][1]
@@ -129,21 +131,23 @@ class DraftLength:
         if most < 1 or not plain > 0:  # NaN: this block will be timed
             return 0
         allowance = _ALLOWANCE * plain * (self.written + min(_AHEAD, self.tokens))
-        if self.debt > allowance:
+
+        def affordable(k: int) -> bool:
+            spent = k * self.costs.draft(batch) + self.costs.run(batch, k + 1)
+            return self.debt + spent - plain <= allowance
+
+        drafted = [k for k in range(1, most + 1) if affordable(k)]
+        if not drafted:
             return 0
-        gains = [self.costs.speedup(batch, k, self.costs.acceptance) for k in range(1, most + 1)]
-        best = max(range(most), key=gains.__getitem__)
+        gains = {k: self.costs.speedup(batch, k, self.costs.acceptance) for k in drafted}
+        best = max(drafted, key=gains.__getitem__)
         if gains[best] >= _GAIN:
-            return best + 1
+            return best
         if self.rest > 0:
             self.rest -= 1
             return 0
-        tried = min(2, most)
-        loss = self.costs.draft(batch) * tried + self.costs.run(batch, tried + 1) - plain
-        if self.debt + loss > allowance:
-            return 0
         self.wait, self.rest = 2 * self.wait, self.wait
-        return tried
+        return drafted[:2][-1]
 
     def record(
         self,
@@ -166,7 +170,8 @@ class DraftLength:
             costs.drafts[batch].append(draft_seconds / drafted)
         plain = costs.plain(batch)
         if plain > 0:
-            spent = costs.run(batch, drafted + 1)
+            known = len(costs.runs[batch, drafted + 1]) >= _SURE
+            spent = costs.run(batch, drafted + 1) if known else run_seconds
             spent += drafted * costs.draft(batch) if usual[0] else draft_seconds
             self.debt += spent - tokens * plain
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pydistill.ops.verify import verify
-from pydistill.speculative.cached_model import CachedModel
+from pydistill.speculative.cached_model import CachedModel, vocabulary_of
 from pydistill.speculative.settings import Processor
 
 _LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
@@ -72,6 +73,7 @@ class ModelDraft:
 
     def propose(self, requests: Sequence[Request], room: Sequence[int]) -> Proposal:
         slots, device = max(room), self.cached.model.device
+        last = vocabulary_of(self.cached.model) - 1  # the target may know tokens beyond it
         behind = max(len(x.tokens) - right for x, right in zip(requests, self._right, strict=True))
         self.fed = behind
         self.cached.rollback([max(0, len(x.tokens) - behind) for x in requests])
@@ -83,7 +85,7 @@ class ModelDraft:
         empty = torch.empty(len(requests), 0, dtype=torch.int64, device=device)
         drawn, rows = [], []
         for slot in range(slots):
-            logits = self._shared(self.cached.extend(ids.to(device), counts, 1))
+            logits = self._shared(self.cached.extend(ids.to(device).clamp(max=last), counts, 1))
             logits = processed(requests, logits, texts)
             ids = verify(
                 logits, None, empty, seed=seeds, position=starts + slot, **self.warpers
@@ -97,7 +99,14 @@ class ModelDraft:
                     text.append(token)
         self._right = list(self.cached.lengths)
         drafted = torch.cat(drawn, 1).cpu()
-        drafted[torch.arange(slots)[None] >= torch.tensor(room)[:, None]] = -1
+        wanted = torch.arange(slots)[None] < torch.tensor(room)[:, None]
+        if bool((wanted & (drafted < 0)).any()):
+            warnings.warn(
+                "the draft's logits have no softmax (NaN or infinity), so its tokens are not used;"
+                " mend its weights, or pass another draft.",
+                stacklevel=6,
+            )
+        drafted[~wanted] = -1
         return Proposal(drafted, torch.cat(rows, 1) if rows else None, list(room))
 
     def _shared(self, logits: Tensor) -> Tensor:
@@ -137,7 +146,7 @@ class Ngram:
 class NgramDraft:
     """The places of all n-grams of each request, kept up with its tokens."""
 
-    context = None
+    context: int | None = None
 
     def __init__(self, kind: Ngram, batch: int) -> None:
         self.sizes = range(kind.largest, kind.smallest - 1, -1)
@@ -240,8 +249,7 @@ def truncated(target: Any, layers: int | Sequence[int]) -> Any:
     config.num_hidden_layers = len(chosen)
     if getattr(config, "layer_types", None):
         config.layer_types = [target.config.layer_types[i] for i in chosen]
-    with torch.random.fork_rng(devices=()):  # weights that are replaced at once
-        draft = type(target)(config).to(device=target.device, dtype=target.dtype)
+    draft = type(target)(config).to(device=target.device, dtype=target.dtype)
     kept = {}
     for key, value in weights.items():
         found = _LAYER.search(key)

@@ -6,17 +6,22 @@ it holds, in memory that doubles when it is full, and rolls back by forgetting c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers import cache_utils
+
+_Layer: Any = cache_utils.DynamicLayer  # its own annotations change between releases
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(_Layer):
     """`keys` and `values [B, heads, columns, size]` are the first columns of larger buffers."""
 
+    is_initialized: bool
+    keys: Tensor
+    values: Tensor
     buffers: tuple[Tensor, Tensor]
 
     def update(
@@ -25,7 +30,7 @@ class GrowingLayer(DynamicLayer):
         given = (key_states, value_states)
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.buffers = tuple(x.new_empty((*x.shape[:2], 0, x.shape[3])) for x in given)
+            self.buffers = (key_states[:, :, :0], value_states[:, :, :0])
             self._show(0)
         begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
         if end > self.buffers[0].shape[2]:
@@ -55,7 +60,7 @@ class GrowingLayer(DynamicLayer):
                 x[row, :, to : to + length] = x[row, :, begin : begin + length].clone()
         self._show(width)
 
-    def _move(self, pick: Any, capacity: int) -> None:
+    def _move(self, pick: Callable[[Tensor], Tensor], capacity: int) -> None:
         width, moved = self.keys.shape[2], []
         for x in self.buffers:
             kept = pick(x[:, :, :width])

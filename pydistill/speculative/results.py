@@ -51,7 +51,7 @@ class GenerateStats:
     @property
     def acceptance_per_position(self) -> list[float]:
         pairs = zip(self.accepted_at, self.evaluated_at, strict=True)
-        return [accepted / evaluated for accepted, evaluated in pairs]
+        return [accepted / evaluated if evaluated else math.nan for accepted, evaluated in pairs]
 
     @property
     def block_efficiency(self) -> float:

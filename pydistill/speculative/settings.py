@@ -8,6 +8,7 @@ field that is set to something that would change the output and is not served ra
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,7 @@ class Settings:
 
     def processors(self, prompt_length: int) -> list[Processor]:
         """What changes the logits of a request before they are warped, in transformers' order."""
-        from transformers import generation as hf
-
+        hf = importlib.import_module("transformers")
         config, found = self._config, list[Processor]()
         if config.repetition_penalty not in (None, 1.0):
             found.append(hf.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
@@ -86,9 +86,8 @@ def read(
     stopping_criteria: Sequence[Callable[..., Any]] | None,
 ) -> Settings:
     """The settings for prompts of at most `width` tokens; raises for what cannot be served."""
-    from transformers import GenerationConfig, MaxTimeCriteria, StopStringCriteria
-
-    blank = GenerationConfig()
+    hf = importlib.import_module("transformers")
+    blank = hf.GenerationConfig()
     config = copy.deepcopy(blank if generation_config is None else generation_config)
     for name, value in vars(model.generation_config).items():
         if getattr(config, name, None) is None:
@@ -109,9 +108,9 @@ def read(
             raise ValueError(
                 f"stop_strings={config.stop_strings!r} are compared with text; pass tokenizer=."
             )
-        criteria.append(StopStringCriteria(tokenizer, config.stop_strings))
+        criteria.append(hf.StopStringCriteria(tokenizer, config.stop_strings))
     if config.max_time is not None:
-        criteria.append(MaxTimeCriteria(config.max_time))
+        criteria.append(hf.MaxTimeCriteria(config.max_time))
     end = config.eos_token_id
     ends = [] if end is None else torch.as_tensor(end).flatten().tolist()
     pad = config.pad_token_id
