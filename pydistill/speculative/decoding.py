@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,7 +136,9 @@ class Decoder:
         self.settings, self.method, self.length = chosen, method, length
         self.streamer, self.device = streamer, target.device
         self.stats = GenerateStats()
-        self._overlap = self._plain = 0.0  # sums; seconds that plain decoding would have taken
+        self._overlap = 0.0  # the sum
+        self._prompt_seconds = 0.0  # of the target's first run
+        self._steps: dict[int, float] = defaultdict(float)  # of plain decoding, by requests
 
     def run(self) -> None:
         self.length.costs.begin()
@@ -150,7 +153,7 @@ class Decoder:
         active, start = self.active, time.perf_counter()
         batch, first = len(active), self.target.lengths[0] == 0
         room = [self._room(x) for x in active]
-        slots = self.length.choose(batch, max(room))
+        slots = self.length.choose(batch, max(room), self._reading())
         ids, q, counts = torch.empty(batch, 0, dtype=torch.int64), None, [0] * batch
         if slots and self.draft is not None:
             ids, q, counts = self.draft.propose(active, [min(slots, x) for x in room])
@@ -158,18 +161,29 @@ class Decoder:
         drafted = self._now()
         result = self._verify(ids, q, counts)
         accepted = result.num_accepted.tolist()
-        done, ended = self._commit(result, accepted, counts), self._now()
+        done = self._commit(result, accepted, counts)
+        self._roll_back()
+        ended = self._now()
 
         catching_up = isinstance(self.draft, ModelDraft) and self.draft.fed > 2
         emitted = sum(len(x) for x in done) / batch
         usual = (not catching_up, not first)
         self.length.record(batch, slots, drafted - start, ended - drafted, emitted, usual)
-        plain = self.length.costs.plain(batch)
-        self._plain += (ended - drafted) + (emitted - 1) * plain if first else emitted * plain
         self.stats.seconds += ended - start
-        self._roll_back()
-        if self.length.wanted and self.active and math.isnan(plain):
+        self._steps[batch] += emitted - first
+        if first:
+            self._prompt_seconds = ended - drafted
+        if self.length.wanted and self.active and math.isnan(self.length.costs.plain(batch)):
             self._time_plain_steps()
+
+    def _reading(self) -> float:
+        """A guess at the seconds that the draft needs for a text that it has not begun to read:
+        as many times less than the target's as for one token."""
+        if not isinstance(self.draft, ModelDraft) or self.draft.fed > 0:
+            return 0.0
+        batch, costs = len(self.active), self.length.costs
+        longest = max(len(x.tokens) for x in self.active)
+        return costs.draft(batch) / costs.plain(batch) * costs.run(batch, longest)
 
     def _room(self, request: Request) -> int:
         """Tokens worth drafting: the target adds one, and the draft has a context of its own."""
@@ -317,7 +331,8 @@ class Decoder:
                 batch, stats.drafted / stats.request_blocks, min(stats.overlap, 0.999)
             )
         if stats.seconds:
-            stats.measured_speedup = self._plain / stats.seconds
+            steps = sum(n * costs.plain(batch) for batch, n in self._steps.items() if n)
+            stats.measured_speedup = (self._prompt_seconds + steps) / stats.seconds
         return GenerateResult(
             sequences.to(self.device),
             tokens.to(self.device),

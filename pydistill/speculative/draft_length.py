@@ -8,7 +8,9 @@ between; a is a count that forgets, over the last 50 evaluated tokens or so.
 Trying costs time, and may lose some. What was lost against plain decoding is kept as a debt. `auto`
 drafts no more than what, with nothing accepted, leaves the debt within 3 % of the time of the
 tokens so far and of at most 64 to come. So a useless draft costs 3 % of a long answer, and a good
-one earns what longer drafts need.
+one earns what longer drafts need. That a model draft has to read the prompt first is no debt: it is
+done where what drafting is expected to save in this answer is twice as much, or for a try, within
+the same 3 %.
 
 Costs outlive the call: they are properties of two models on a machine, and a short answer has no
 time to find them. Only speed depends on them, and, for `auto`, where blocks start.
@@ -121,9 +123,10 @@ class DraftLength:
         self.costs, self.wanted, self.most, self.tokens = costs, wanted, most, tokens
         self.debt = 0.0  # seconds lost against plain decoding
         self.written = 0.0  # tokens a request
-        self.wait, self.rest = _FIRST_WAIT, 0
+        self.wait, self.rest, self.trying = _FIRST_WAIT, 0, False
 
-    def choose(self, batch: int, room: int) -> int:
+    def choose(self, batch: int, room: int, reading: float = 0.0) -> int:
+        """At most `room`; `reading`: seconds until the draft has read the prompt."""
         if self.wanted is not None:
             return min(self.wanted, room)
         plain = self.costs.plain(batch)
@@ -132,22 +135,25 @@ class DraftLength:
             return 0
         allowance = _ALLOWANCE * plain * (self.written + min(_AHEAD, self.tokens))
 
-        def affordable(k: int) -> bool:
+        def debt(k: int) -> float:
             spent = k * self.costs.draft(batch) + self.costs.run(batch, k + 1)
-            return self.debt + spent - plain <= allowance
+            return self.debt + spent - plain
 
-        drafted = [k for k in range(1, most + 1) if affordable(k)]
+        self.trying = False
+        drafted = [k for k in range(1, most + 1) if debt(k) <= allowance]
         if not drafted:
             return 0
         gains = {k: self.costs.speedup(batch, k, self.costs.acceptance) for k in drafted}
         best = max(drafted, key=gains.__getitem__)
         if gains[best] >= _GAIN:
-            return best
-        if self.rest > 0:
-            self.rest -= 1
+            saved = (1 - 1 / gains[best]) * plain * (self.tokens - self.written)
+            return best if saved >= 2 * reading else 0
+        tried = drafted[:2][-1]
+        if self.rest > 0 or debt(tried) + reading > allowance:
+            self.rest = max(0, self.rest - 1)
             return 0
-        self.wait, self.rest = 2 * self.wait, self.wait
-        return drafted[:2][-1]
+        self.trying = True
+        return tried
 
     def record(
         self,
@@ -166,14 +172,15 @@ class DraftLength:
             costs.runs[batch, drafted + 1].append(run_seconds)
         if not drafted:
             return
+        if self.trying:
+            self.wait, self.rest = 2 * self.wait, self.wait
         if usual[0]:
             costs.drafts[batch].append(draft_seconds / drafted)
         plain = costs.plain(batch)
         if plain > 0:
-            known = len(costs.runs[batch, drafted + 1]) >= _SURE
+            known = not usual[1] or len(costs.runs[batch, drafted + 1]) >= _SURE
             spent = costs.run(batch, drafted + 1) if known else run_seconds
-            spent += drafted * costs.draft(batch) if usual[0] else draft_seconds
-            self.debt += spent - tokens * plain
+            self.debt += spent + drafted * costs.draft(batch) - tokens * plain
 
 
 def _median(values: Sequence[float] | deque[float]) -> float:
