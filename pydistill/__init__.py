@@ -26,6 +26,8 @@ from pydistill.ops.verify import VerifyResult as VerifyResult
 from pydistill.ops.verify import verify as verify
 from pydistill.ops.verify import verify_with_gradient as verify_with_gradient
 from pydistill.reference.divergence import KINDS as KINDS
+from pydistill.speculative import GenerateResult as GenerateResult
+from pydistill.speculative import generate as generate
 
 try:
     __version__ = version("pydistill-kernels")

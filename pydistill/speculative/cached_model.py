@@ -1,0 +1,134 @@
+"""A causal model with the key-value cache of a batch, rolled back row by row.
+
+The layout is that of left padding: the columns of a row's tokens end at the cache's last column,
+
+    row 0   . . a b c d          lengths = [4, 6]
+    row 1   e f g h i j
+
+so the mask and the positions that a model is given are those of an ordinary batch padded on the
+left, and every model that serves such batches serves here. A row that rolls back further than
+another is moved to the right edge again; nothing rejected stays, and there are no holes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+
+class CachedModel:
+    """`lengths` are the tokens that each row of the cache holds."""
+
+    def __init__(self, model: Any, batch: int) -> None:
+        from transformers.cache_utils import Cache
+
+        from pydistill.speculative.growing_cache import GrowingLayer
+
+        self.model = model
+        # Sliding layers keep everything, too: their mask is made from the columns' distances.
+        self.cache: Any = Cache(layer_class_to_replicate=GrowingLayer)
+        self.lengths = [0] * batch
+        self.context = context_of(model)
+        accepted = inspect.signature(model.forward).parameters
+        self._positions = "position_ids" in accepted
+        self._keep = "logits_to_keep" in accepted
+        self._cache = cache_argument(model)
+
+    def extend(self, ids: Tensor, counts: Sequence[int], rows: int) -> Tensor:
+        """Runs the model on tokens `ids [B, T]`, of which row i's are the last `counts[i]`, and
+        caches them; the logits `[B, rows, V]` of the last ones."""
+        lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
+        behind, width = max(self.lengths), max(self.lengths) + ids.shape[1]
+        keywords: dict[str, Any] = {}
+        padded = any(length != width for length in lengths)
+        if padded or self._positions:
+            first = torch.tensor([width - length for length in lengths])[:, None]
+            columns = torch.arange(width)[None] - first
+            if padded:
+                keywords["attention_mask"] = (columns >= 0).long().to(ids.device)
+            if self._positions:
+                # Slots that no one looks at may lie beyond the context, of padding before 0.
+                last = None if self.context is None else self.context - 1
+                keywords["position_ids"] = columns[:, behind:].clamp(0, last).to(ids.device)
+        if self._keep:
+            keywords["logits_to_keep"] = rows
+        keywords[self._cache or ""] = self.cache
+        found = self.model(input_ids=ids, use_cache=True, **keywords)
+        self.lengths = lengths
+        if behind + ids.shape[1] > max(lengths):  # columns of padding alone
+            self.rollback(lengths)
+        logits: Tensor = found.logits[:, -rows:]
+        return logits
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Keeps the first `lengths[i]` tokens of row i."""
+        width, new = self.cache.get_seq_length(), max(lengths)
+        ends = [width - (have - kept) for have, kept in zip(self.lengths, lengths, strict=True)]
+        moves = [
+            (row, end - kept, new - kept, kept)
+            for row, (end, kept) in enumerate(zip(ends, lengths, strict=True))
+            if end != new and kept
+        ]
+        self.lengths = list(lengths)
+        if moves:
+            for layer in self.cache.layers:
+                layer.realign(moves, new)
+        elif width != new:
+            self.cache.crop(new - width)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows of the batch."""
+        self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+        kept = [self.lengths[row] for row in rows]
+        self.lengths = kept
+        self.rollback(kept)
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raises for a model whose cache cannot be rolled back."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"{name} is a {type(model).__name__}; pass a causal language model of transformers."
+        )
+    kind = type(model).__name__
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} {kind} has an encoder; pass a decoder-only causal model.")
+    others = sorted(set(getattr(text, "layer_types", None) or ()) - _ATTENTION)
+    what = None
+    if getattr(model, "_is_stateful", False):
+        what = "recurrent state"
+    elif others:
+        what = f"layers of type {', '.join(others)}"
+    elif cache_argument(model) is None:
+        what = "no key-value cache"
+    if what is not None:
+        raise ValueError(
+            f"{name} {kind} has {what}, and cannot be rolled back behind rejected tokens yet; pass"
+            " a model whose layers are full or sliding attention."
+        )
+    if model.training:
+        raise ValueError(f"{name} is in training mode, with dropout; call {name}.eval() first.")
+
+
+def cache_argument(model: Any) -> str | None:
+    """How the model's forward calls its cache: the later releases of transformers, the earlier."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in accepted), None)
+
+
+def context_of(model: Any) -> int | None:
+    """The largest number of tokens that the model was made for, if its configuration says so."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def vocabulary_of(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
