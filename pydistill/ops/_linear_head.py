@@ -31,8 +31,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # over), in units of the CPU kernels' tiles (12 rows, or 32), and at most so many bytes of fp32
 # logits a side.
 BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 96, 128 << 20
-# And this many where gradients are kept beside the weight's, whose memory is saved so.
-BESIDE_ROWS = 128
+# And this many where the gradients of logits are kept, to take a tenth of the memory of all logits.
+KEPT_ROWS = 128
 # A tile of backward. Its rows have whole units of columns: others begin between the 16-byte words
 # that a GPU's threads load.
 TILE_ROWS, TILE_COLUMNS, TILE_UNIT = 1024, 2048, 16
@@ -233,8 +233,8 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
     hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
     weight = _zeros(out.weight) if out.weight is not None and kept is None else None
     everything = slice(0, tiles.vocab)
-    if kept is not None and kept.beside:
-        tiles.block_rows = min(tiles.block_rows, BESIDE_ROWS)
+    if kept is not None:
+        tiles.block_rows = min(tiles.block_rows, KEPT_ROWS)
     for rows in blocks(tiles):
         logits = tiles.logits(rows, everything)
         slope = tiles.slope(logits)
@@ -287,11 +287,6 @@ class Kept:
         if (rows - fit) * memory.element_size() > sums:
             return None
         return Kept(rows, tiles.vocab, memory)
-
-    @property
-    def beside(self) -> bool:
-        """Whether rows are kept beside the weight's gradient."""
-        return self._rest.numel() > 0
 
     def columns(self) -> Iterator[slice]:
         return column_tiles(self._vocab)
