@@ -214,7 +214,11 @@ def _exact(
     settings: dict[str, Any],
 ) -> Certificate:
     for name, value in (("target", target), ("draft", draft), ("sampled", sampled)):
-        if not isinstance(value, Tensor) and not callable(value) and (name == "target" or value):
+        if (
+            not isinstance(value, Tensor)
+            and not callable(value)
+            and (name == "target" or value is not None)
+        ):
             raise TypeError(
                 f"{name} is {value!r}; pass logits [V], or a function from a tuple of tokens to"
                 " them, or a causal model as target."
