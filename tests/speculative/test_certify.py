@@ -43,7 +43,7 @@ def test_lossless_settings_are_proved(settings: dict[str, Any], method: str) -> 
 
 
 def test_the_law_is_that_of_the_rows() -> None:
-    """By hand: where the one drafted token is always accepted, the first law is that of the draft."""
+    """By hand: where the drafted token is always accepted, the first law is the draft's."""
     found = certify(P, Q, num_draft_tokens=1, lenience=("ensemble", 0.0))
     pairs = zip(by_hand(P(())), by_hand(Q(())), strict=True)
     assert found.distance == pytest.approx(sum(abs(p - q) for p, q in pairs) / 2, abs=1e-12)
