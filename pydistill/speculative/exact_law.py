@@ -15,7 +15,6 @@ what is examined are the rule, the settings, and the draft.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -57,10 +56,13 @@ def block_law(
     levels = _levels("target", target, slots)
     vocab = levels[0].shape[-1]
     if bias is not None:
-        settings = {**settings, "logit_bias": bias.double()}
+        bias = _row("logit_bias", bias, ())
+        if len(bias) != vocab:
+            raise ValueError(f"logit_bias has {len(bias)} tokens, the target {vocab}; pass [V].")
+        settings = {**settings, "logit_bias": bias}
     logits, points = (None, None) if draft is None else _draft_rows(draft, slots, vocab)
     prefixes = list(itertools.product(range(vocab), repeat=slots))
-    index = torch.tensor(prefixes, dtype=torch.int64).reshape(-1, slots)
+    index = torch.tensor(prefixes, dtype=torch.int64).reshape(-1 if slots else 1, slots)
     place = torch.arange(vocab**slots)
     at = [place // vocab ** (slots - i) for i in range(slots + 1)]  # of a sequence's prefixes
 
@@ -87,7 +89,7 @@ def block_law(
     inputs = _verify_call.prepare(
         "verify",
         torch.stack([x[a] for x, a in zip(levels, at, strict=True)], 1),
-        None if logits is None else torch.stack(
+        None if not logits else torch.stack(
             [x[a] for x, a in zip(logits, at[:-1], strict=True)], 1
         ),
         index, rule, "reference", draft_topk_ids=None, tree=None, num_drafted=None,
@@ -134,12 +136,13 @@ def target_rows(target: Source, settings: dict[str, Any], prefixes: Sequence[Pre
     """The target's warped distributions after these prefixes, fp64 `[N, V]`."""
     rows = torch.stack([_row("target", target, x) for x in prefixes])
     warpers = warper_rows(settings, "cpu")[:, :4]
-    return _warped("target", rows, warpers, settings.get("logit_bias"))
+    bias = settings.get("logit_bias")
+    return _warped("target", rows, warpers, None if bias is None else _row("logit_bias", bias, ()))
 
 
 def _warped(name: str, logits: Tensor, warpers: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None:
-        logits = logits + bias.double()
+        logits = logits + bias
     p, _, sound = reference.warped(logits[None], warpers)
     if not bool(sound.all()):
         row = logits[int((~sound[0]).nonzero()[0])]
@@ -173,7 +176,7 @@ def _levels(name: str, source: Source, last: int, vocab: int | None = None) -> l
     if vocab is None:
         vocab = len(first)
         if vocab ** (last + 1) > _MOST:
-            most = max(0, math.floor(math.log(_MOST, max(2, vocab))) - 1)
+            most = next(k for k in range(last) if vocab ** (k + 2) > _MOST)
             fix = f"num_draft_tokens of at most {most}" if most else "a smaller vocabulary"
             raise ValueError(
                 f"{vocab} tokens in {last + 1} places have more outcomes than the {_MOST} that are"
@@ -193,7 +196,7 @@ def _levels(name: str, source: Source, last: int, vocab: int | None = None) -> l
 
 
 def _row(name: str, source: Source, prefix: Prefix) -> Tensor:
-    row = source if isinstance(source, Tensor) else source(prefix)
+    row = source(prefix) if callable(source) else source
     row = torch.as_tensor(row, dtype=torch.float64).detach().cpu()
     if row.ndim != 1 or not len(row):
         raise ValueError(
@@ -208,7 +211,7 @@ def _draft_rows(
 ) -> tuple[list[Tensor] | None, list[Tensor] | None]:
     """Logits by level, or the tokens of a draft that does not sample."""
     if isinstance(draft, Tensor) or not isinstance(draft(()), int):
-        return (_levels("draft", draft, slots - 1, vocab) if slots else None), None
+        return _levels("draft", draft, slots - 1, vocab), None
     points = []
     for i in range(slots):
         tokens = [draft(x) for x in itertools.product(range(vocab), repeat=i)]

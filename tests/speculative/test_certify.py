@@ -1,6 +1,7 @@
 """`certify` calls right pairs lossless, and finds what is wrong with the others."""
 
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def test_mutants_of_decoding_are_disproved(
         ({"target": P, "draft": Q, "num_draft_tokens": 12}, "num_draft_tokens of at most 9"),
         ({"target": P, "draft": Q, "num_draft_tokens": -1}, "num_draft_tokens=-1"),
         ({"target": P, "draft": Q, "method": "tree"}, "method='tree' is not enumerated"),
+        ({"target": P, "draft": Q, "logit_bias": torch.zeros(3)}, "logit_bias has 3 tokens"),
         ({"target": P, "draft": Q, "top_q": 1}, "top_q is not one of"),
         ({"target": P, "draft": Q, "input_ids": PROMPT}, "input_ids is given"),
         ({"target": P, "draft": rows(5, 1)}, "rows of 5 tokens where 4"),
@@ -235,6 +237,8 @@ def test_the_command(
     assert cli.main([*arguments, "--samples", "3"]) == 2
     assert "samples=3" in capsys.readouterr().err
     monkeypatch.setattr(sample_tests, "_never_reached", lambda *_: True)
-    assert cli.main([*arguments, "--false-alarm", "0.5", "--json"]) in (0, 1)
-    out = capsys.readouterr().out
-    assert '"lossless"' in out and '"verdict"' in out
+    monkeypatch.setattr(sample_tests, "_pearson", lambda *_: torch.tensor(1e9))
+    assert cli.main([*arguments, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["lossless"] is False and found["verdict"].startswith("Not lossless")
+    assert found["positions"][0]["samples"] == 256
