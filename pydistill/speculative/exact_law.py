@@ -176,7 +176,7 @@ def _levels(name: str, source: Source, last: int, vocab: int | None = None) -> l
     if vocab is None:
         vocab = len(first)
         if vocab ** (last + 1) > _MOST:
-            most = next(k for k in range(last) if vocab ** (k + 2) > _MOST)
+            most = next((k for k in range(last) if vocab ** (k + 2) > _MOST), 0)
             fix = f"num_draft_tokens of at most {most}" if most else "a smaller vocabulary"
             raise ValueError(
                 f"{vocab} tokens in {last + 1} places have more outcomes than the {_MOST} that are"
