@@ -26,7 +26,9 @@ from pydistill.ops.verify import VerifyResult as VerifyResult
 from pydistill.ops.verify import verify as verify
 from pydistill.ops.verify import verify_with_gradient as verify_with_gradient
 from pydistill.reference.divergence import KINDS as KINDS
+from pydistill.speculative import Certificate as Certificate
 from pydistill.speculative import GenerateResult as GenerateResult
+from pydistill.speculative import certify as certify
 from pydistill.speculative import generate as generate
 
 try:

@@ -1,7 +1,8 @@
 """The command `pydistill`: what this machine will use, whether it is right, how fast, and the demo.
 
 Results go to stdout, progress and errors to stderr; `--json` makes stdout one JSON document.
-Exit codes: 0; 1, a failed self-test or benchmark; 2, a request that cannot be met; 130, Ctrl-C.
+Exit codes: 0; 1, a failed self-test or benchmark, or a pair that `certify` disproves; 2, a request
+that cannot be met; 130, Ctrl-C.
 """
 
 from __future__ import annotations
@@ -105,6 +106,28 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument(
         "--compare", action="store_true", help="also write it by transformers' own generate"
     )
+    text = "Tests whether sampling with a draft leaves the model's distribution as it is."
+    certify = command("certify", _certify, text)
+    certify.add_argument("prompt", help="the user's message, where the model has a chat template")
+    certify.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
+    certify.add_argument(
+        "--draft", default="ngram", help="ngram, none, layers:N of the model, or a model (ngram)"
+    )
+    certify.add_argument(
+        "--num-draft-tokens", type=_drafted, default=3, help="a number, or auto (3)"
+    )
+    certify.add_argument("--max-new-tokens", type=_positive, help="(2 more than are drafted)")
+    certify.add_argument("--samples", type=_positive, default=2048, help="(2048)")
+    certify.add_argument("--method", choices=("token", "block"), default="token", help="(token)")
+    certify.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
+    certify.add_argument("--top-k", type=int, default=0, help="0 is off (0)")
+    certify.add_argument("--top-p", type=float, default=1.0, help="(1)")
+    certify.add_argument("--min-p", type=float, default=0.0, help="(0)")
+    certify.add_argument(
+        "--false-alarm", type=float, default=1e-4, help="chance that a right pair fails (0.0001)"
+    )
+    certify.add_argument("--confidence", type=float, default=0.99, help="of the bound (0.99)")
+    certify.add_argument("--seed", type=int, default=0, help="(0)")
     text = "Teacher caches: top-k log-probabilities, recorded once for many students."
     cache = commands.add_parser("cache", help=text, description=text)
     parts = cache.add_subparsers(dest="part", required=True, metavar="COMMAND")
@@ -327,6 +350,38 @@ def _generate(options: argparse.Namespace) -> int:
     else:
         print(write.table(result, chosen))
     return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    from pydistill.recipes import UsageError
+
+    try:
+        from pydistill.recipes import certify_pair, models
+
+        chosen = certify_pair.Options(
+            prompt=options.prompt,
+            model=options.model or models.DEFAULT,
+            draft=options.draft,
+            num_draft_tokens=options.num_draft_tokens,
+            new_tokens=options.max_new_tokens,
+            samples=options.samples,
+            method=options.method,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            false_alarm=options.false_alarm,
+            confidence=options.confidence,
+            seed=options.seed,
+        )
+        found = certify_pair.run(chosen, progress=not options.json)
+    except UsageError as error:
+        raise _Problem(str(error)) from error
+    if options.json:
+        _print_json(certify_pair.to_json(found))
+    else:
+        print(certify_pair.table(found))
+    return 0 if found.lossless else 1
 
 
 def _cache_build(options: argparse.Namespace) -> int:

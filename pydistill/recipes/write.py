@@ -56,9 +56,9 @@ class Result:
 def run(options: Options, progress: bool = True) -> Result:
     """UsageError for what cannot be met."""
     target, tokenizer = models.load(options.model, demo.compute_dtype(), progress)
-    ids = _prompt(tokenizer, options.prompt)
+    ids = prompt_ids(tokenizer, options.prompt)
     try:
-        draft, draft_tokenizer = _draft(target, options, progress)
+        draft, draft_tokenizer = load_draft(target, options.draft, demo.compute_dtype(), progress)
         settings: dict[str, Any] = {
             "max_new_tokens": options.new_tokens, "do_sample": options.temperature != 0,
             "pad_token_id": tokenizer.pad_token_id,
@@ -100,7 +100,8 @@ def run(options: Options, progress: bool = True) -> Result:
     )
 
 
-def _prompt(tokenizer: Any, text: str) -> torch.Tensor:
+def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
+    """int64 `[1, P]`: a user's message where there is a chat template, else a text's beginning."""
     chat = tokenizer.chat_template is not None
     if chat:
         text = tokenizer.apply_chat_template(
@@ -110,15 +111,16 @@ def _prompt(tokenizer: Any, text: str) -> torch.Tensor:
     return ids.long()  # an empty text has none, which are floats
 
 
-def _draft(target: Any, options: Options, progress: bool) -> tuple[Any, Any]:
-    if options.draft in ("none", "ngram"):
-        return (None if options.draft == "none" else "ngram"), None
-    if options.draft.startswith("layers:"):
-        count = options.draft.removeprefix("layers:")
+def load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
+    """What `pydistill.generate` takes as draft, and the draft's tokenizer if it has its own."""
+    if name in ("none", "ngram"):
+        return (None if name == "none" else "ngram"), None
+    if name.startswith("layers:"):
+        count = name.removeprefix("layers:")
         if not count.isdecimal():
-            raise UsageError(f"--draft {options.draft} names no number; use layers:6.")
+            raise UsageError(f"--draft {name} names no number; use layers:6.")
         return truncated(target, int(count)), None
-    return models.load(options.draft, demo.compute_dtype(), progress)
+    return models.load(name, dtype, progress)
 
 
 @torch.inference_mode()
