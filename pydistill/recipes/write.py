@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import pydistill
-from pydistill.recipes import UsageError, demo, models
+from pydistill.recipes import UsageError, models
 from pydistill.speculative import truncated
 
 
@@ -55,7 +55,7 @@ class Result:
 
 def run(options: Options, progress: bool = True) -> Result:
     """UsageError for what cannot be met."""
-    target, tokenizer = models.load(options.model, demo.compute_dtype(), progress)
+    target, tokenizer = models.load(options.model, models.compute_dtype(), progress)
     ids = _prompt(tokenizer, options.prompt)
     try:
         draft, draft_tokenizer = _draft(target, options, progress)
@@ -118,7 +118,7 @@ def _draft(target: Any, options: Options, progress: bool) -> tuple[Any, Any]:
         if not count.isdecimal():
             raise UsageError(f"--draft {options.draft} names no number; use layers:6.")
         return truncated(target, int(count)), None
-    return models.load(options.draft, demo.compute_dtype(), progress)
+    return models.load(options.draft, models.compute_dtype(), progress)
 
 
 @torch.inference_mode()
