@@ -206,6 +206,24 @@ def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
         ) from error
 
 
+def draft_of(target: Any, name: str, dtype: torch.dtype, progress: bool = False) -> tuple[Any, Any]:
+    """The draft model `name` for the target, and its tokenizer, None if that is the target's.
+
+    `name` is `layers:6` for so many of the target's layers, evenly spaced, `layers:0,1,29` for
+    these, or what `load` takes.
+    """
+    if not name.startswith("layers:"):
+        return load(name, dtype, progress)
+    chosen = name.removeprefix("layers:").split(",")
+    if not all(part.isascii() and part.isdecimal() for part in chosen):
+        raise UsageError(f"--draft {name} names no layers; use layers:6 or layers:0,1,29.")
+    layers = [int(part) for part in chosen]
+    try:
+        return truncated(target, layers if len(layers) > 1 else layers[0]).to(dtype), None
+    except ValueError as error:
+        raise UsageError(f"--draft {name}: {error}") from error
+
+
 def _transformers() -> Any:
     try:
         import transformers

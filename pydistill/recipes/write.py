@@ -14,14 +14,13 @@ import torch
 
 import pydistill
 from pydistill.recipes import UsageError, models
-from pydistill.speculative import truncated
 
 
 @dataclass(frozen=True)
 class Options:
     prompt: str
     model: str = models.DEFAULT
-    draft: str = "ngram"  # "none", "ngram", "layers:N", or a model
+    draft: str = "ngram"  # "none", "ngram", or what `models.draft_of` takes
     new_tokens: int = 128
     num_draft_tokens: int | str = "auto"
     method: str = "token"
@@ -113,12 +112,7 @@ def _prompt(tokenizer: Any, text: str) -> torch.Tensor:
 def _draft(target: Any, options: Options, progress: bool) -> tuple[Any, Any]:
     if options.draft in ("none", "ngram"):
         return (None if options.draft == "none" else "ngram"), None
-    if options.draft.startswith("layers:"):
-        count = options.draft.removeprefix("layers:")
-        if not count.isdecimal():
-            raise UsageError(f"--draft {options.draft} names no number; use layers:6.")
-        return truncated(target, int(count)), None
-    return models.load(options.draft, models.compute_dtype(), progress)
+    return models.draft_of(target, options.draft, models.compute_dtype(), progress)
 
 
 @torch.inference_mode()
