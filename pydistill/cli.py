@@ -367,6 +367,9 @@ def _draft(options: argparse.Namespace) -> int:
         result = draft.run(draft.Options(**given), progress=not options.json)
     except UsageError as error:
         raise _Problem(str(error)) from error
+    except KeyboardInterrupt:
+        print(f"\n{options.output} is not done; the same command goes on.", file=sys.stderr)
+        raise
     if options.json:
         _print_json(result.to_json())
     else:

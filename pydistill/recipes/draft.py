@@ -302,7 +302,10 @@ def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = Fa
     """Held-out answers, and what is to be learnt: they depend on the options and their seed."""
     train, held_out = prompts()
     if options.prompts is not None:
-        train = [text for text in build_cache.read_texts(options.prompts) if isinstance(text, str)]
+        given = build_cache.read_texts(options.prompts)
+        train = [text for text in given if isinstance(text, str)]
+        if len(train) < len(given):
+            raise UsageError(f"--prompts {options.prompts} has chats; pass one text a line.")
     torch.manual_seed(_mixed(options.seed, -1))
     parts = []
     teach = options.source == "target" and options.on_policy < 1
@@ -381,7 +384,12 @@ def _working_folder(output: Path) -> Iterator[Path]:
             raise UsageError(
                 f"another run writes to --output {output}; wait for it, or name a new folder."
             ) from error
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if not (folder / "data.pt").exists():  # nothing to go on from
+                shutil.rmtree(folder)
+            raise
         shutil.rmtree(folder)
 
 
