@@ -111,31 +111,33 @@ def test_every_divergence_and_source_runs(
     assert training.tokens > 0
 
 
-def test_killed_runs_go_on_to_the_same_losses(tiny: Path, tmp_path: Path) -> None:
-    arguments = "--draft layers:2 --steps 40 --batch 4 --answers 1 --length 6 --on-policy 0.5"
+def test_killed_runs_go_on_to_the_same_losses(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "--draft layers:2 --steps 50 --batch 4 --answers 1 --length 6 --on-policy 0.5"
     command = ["draft", "--model", str(tiny), *arguments.split(), "--checkpoint-every", "3"]
+    command += ["--json", "--output"]
 
-    def start(folder: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pydistill", *command, "--json", "--output", str(folder)],
-            stdout=subprocess.PIPE, cwd=Path(pydistill.__file__).parents[1],
-        )  # fmt: skip
-
-    whole = start(tmp_path / "whole")
-    state = tmp_path / "killed.unfinished" / "state.pt"
-    coins, seen = random.Random(os.urandom(8)), 0.0
+    state, seen = tmp_path / "killed.unfinished" / "state.pt", 0.0
     for _ in range(2):
-        run = start(tmp_path / "killed")
+        run = subprocess.Popen(
+            [sys.executable, "-m", "pydistill", *command, str(tmp_path / "killed")],
+            stdout=subprocess.DEVNULL, cwd=Path(pydistill.__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )  # fmt: skip
         while run.poll() is None and (not state.exists() or state.stat().st_mtime == seen):
             time.sleep(0.005)
-        time.sleep(coins.random() * 0.15)
+        time.sleep(random.random() * 0.15)
         run.send_signal(signal.SIGKILL)
-        run.communicate()
-        assert not (tmp_path / "killed").exists(), "it ended before it was killed; take more steps"
+        assert run.wait() == -signal.SIGKILL, "it ended before it was killed; take more steps"
         seen = state.stat().st_mtime
-    again = json.loads(start(tmp_path / "killed").communicate()[0])
-    want = json.loads(whole.communicate()[0])
-    assert 3 <= again["resumed_at"] < 40
+
+    def result(folder: str) -> Any:
+        assert cli.main([*command, str(tmp_path / folder)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    again, want = result("killed"), result("whole")
+    assert 6 <= again["resumed_at"] <= 50
     for part in ("losses", "before", "after"):
         assert again[part] == want[part]
 

@@ -295,7 +295,8 @@ def evaluate(
         max_new_tokens=options.length, num_draft_tokens=options.num_draft_tokens,
         **options.warpers(),
     ).stats  # fmt: skip
-    return Quality(*(totals / count).tolist(), block_efficiency=stats.block_efficiency)
+    acceptance, same_choice = (totals / count).tolist()
+    return Quality(acceptance, same_choice, stats.block_efficiency)
 
 
 def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = False) -> Data:
@@ -307,32 +308,24 @@ def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = Fa
         if len(train) < len(given):
             raise UsageError(f"--prompts {options.prompts} has chats; pass one text a line.")
     torch.manual_seed(_mixed(options.seed, -1))
-    parts = []
+    learn, judge = encode(tokenizer, train), encode(tokenizer, held_out)
+    for ids, _ in (learn, judge):
+        _check_lengths(target, ids, options)
     teach = options.source == "target" and options.on_policy < 1
-    asked = [train, held_out] if teach else [held_out]
-    with progress_bar(progress, len(asked) * options.length, "target answers") as bar:
-        for texts in asked:
-            ids, attended = encode(tokenizer, texts)
-            _check_lengths(target, ids, options)
-            parts.append(
-                sample(
-                    target,
-                    ids,
-                    attended,
-                    answers=options.answers,
-                    new_tokens=options.length,
-                    pad=tokenizer.pad_token_id,
-                    dtype=models.compute_dtype(),
-                    bar=bar,
-                    **options.warpers(),
-                )
-            )
-    seen = parts[0] if teach else None
+    with progress_bar(progress, (1 + teach) * options.length, "target answers") as bar:
+
+        def answered(ids: Tensor, attended: Tensor) -> Answers:
+            return sample(
+                target, ids, attended, answers=options.answers, new_tokens=options.length,
+                pad=tokenizer.pad_token_id, dtype=models.compute_dtype(), bar=bar,
+                **options.warpers(),
+            )  # fmt: skip
+
+        seen = answered(*learn) if teach else None
+        unseen = answered(*judge)
     if options.source == "text" and options.on_policy < 1:
         seen = _fixed(tokenizer, train, options)
-    ids = encode(tokenizer, train)
-    _check_lengths(target, ids[0], options)
-    return Data(seen, ids, parts[-1], encode(tokenizer, held_out))
+    return Data(seen, learn, unseen, judge)
 
 
 def _fixed(tokenizer: Any, train: list[str], options: Options) -> Answers:
@@ -417,7 +410,8 @@ def _load(path: Path, options: Options) -> dict[str, Any] | None:
         found: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # torch names no class for a damaged file
         raise UsageError(
-            f"the checkpoint {path} cannot be read ({error}); delete {path.parent} to begin anew."
+            f"the checkpoint {path} cannot be read ({type(error).__name__}); delete {path.parent} to"
+            " begin anew."
         ) from error
     ours, theirs = _named(options), found.pop("options")
     if changed := [name for name in ours if ours[name] != theirs.get(name)]:
