@@ -410,8 +410,8 @@ def _load(path: Path, options: Options) -> dict[str, Any] | None:
         found: dict[str, Any] = torch.load(path, weights_only=True)
     except Exception as error:  # torch names no class for a damaged file
         raise UsageError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}); delete {path.parent} to"
-            " begin anew."
+            f"the checkpoint {path} cannot be read ({type(error).__name__}); delete"
+            f" {path.parent} to begin anew."
         ) from error
     ours, theirs = _named(options), found.pop("options")
     if changed := [name for name in ours if ours[name] != theirs.get(name)]:
