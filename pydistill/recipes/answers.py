@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pydistill.recipes import UsageError
+
 HELD_OUT = "# held out"
 
 
@@ -83,20 +85,28 @@ def sample(
                 bar.update()
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
-    with _autocast(dtype):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=attended,
-            do_sample=True,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p or None,
-            num_return_sequences=answers,
-            max_new_tokens=new_tokens,
-            pad_token_id=pad,
-            stopping_criteria=StoppingCriteriaList([Tick()]),
-        )
+    try:
+        with _autocast(dtype):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=attended,
+                do_sample=True,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p or None,
+                num_return_sequences=answers,
+                max_new_tokens=new_tokens,
+                pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([Tick()]),
+            )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):  # torch.multinomial's words for NaN
+            raise
+        raise UsageError(
+            "a model's logits have no softmax (NaN or infinity), so nothing can be sampled; mend"
+            " its weights, or name another model."
+        ) from error
     answer = out[:, ids.shape[1] :]
     attended = attended.repeat_interleave(answers, 0)
     attended = torch.cat([attended, torch.ones_like(answer)], -1)

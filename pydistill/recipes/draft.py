@@ -123,6 +123,9 @@ def run(options: Options, progress: bool = True) -> Result:
             f"--draft {options.draft} has another vocabulary than {options.model}; name a draft"
             " that was trained with the target's tokenizer."
         )
+    for model in (target, draft):  # a batch's rows end at different lengths
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
     with _working_folder(options.output) as folder, torch.random.fork_rng():
         made = _load(folder / "data.pt", options)
         if made is None:
@@ -184,7 +187,6 @@ class Training:
                 f"the loss of step {number} is {value.item()}: the target or the draft has weights"
                 " that are not finite, or --learning-rate is too large; mend the one or the other."
             )
-        self.optimizer.zero_grad()
         value.backward()
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
         warm = max(1, options.steps // 10)
@@ -192,6 +194,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = options.learning_rate * rate
         self.optimizer.step()
+        self.optimizer.zero_grad()
         self.tokens += int(texts.counted.sum())
         return value.item()
 
@@ -205,9 +208,9 @@ class Training:
         ids, attended = self.data.prompts
         rows = batch_rows(len(ids), options.batch, number, options.seed)
         return sample(
-            self.draft, ids[rows], attended[rows], new_tokens=options.length,
-            pad=self.draft.generation_config.pad_token_id or 0, dtype=models.compute_dtype(),
-            **options.warpers(),
+            as_served(self.draft, self.target), ids[rows], attended[rows],
+            new_tokens=options.length, pad=self.draft.generation_config.pad_token_id or 0,
+            dtype=models.compute_dtype(), **options.warpers(),
         )  # fmt: skip
 
     def keep(self, path: Path) -> None:
@@ -267,13 +270,18 @@ def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p
     return logits.masked_fill(rows < cut, -math.inf)
 
 
+def as_served(draft: Any, target: Any) -> Any:
+    """A copy of the draft in the target's dtype."""
+    return copy.deepcopy(draft).to(target.dtype).eval()
+
+
 @torch.no_grad()
 def evaluate(
     target: Any, draft: Any, data: Data, options: Options, progress: bool = False
 ) -> Quality:
     """Acceptance on the target's own samples, and what `generate` makes of the draft, which serves
     in the target's dtype."""
-    serving = copy.deepcopy(draft).to(target.dtype).eval()
+    serving = as_served(draft, target)
     totals, count, dtype = torch.zeros(2, dtype=torch.float64), 0, models.compute_dtype()
     with progress_bar(progress, len(data.held_out.ids), "draft is judged") as bar:
         for rows in torch.split(torch.arange(len(data.held_out.ids)), options.batch):
