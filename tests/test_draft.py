@@ -181,8 +181,11 @@ def test_batches_take_every_row_once_an_epoch() -> None:
         (["--steps", "0"], "'0' is not a positive whole number"),
         (["--draft", "layers:five"], "--draft layers:five names no layers"),
         (["--draft", "layers:9"], "layers=9 is outside 1..4"),
-        (["--length", "9999"], "do not fit into the target's context of 2048"),
-        (["--prompts", "/none"], "/none cannot be read"),
+        (
+            ["--draft", "layers:2", "--length", "9999"],
+            "do not fit into the target's context of 2048",
+        ),
+        (["--draft", "layers:2", "--prompts", "/none"], "/none cannot be read"),
     ],
 )
 def test_wrong_arguments_are_named(
