@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,6 +129,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     certify.add_argument("--confidence", type=float, default=0.99, help="of the bound (0.99)")
     certify.add_argument("--seed", type=int, default=0, help="(0)")
+    text = "Trains a draft for a target (DistillSpec); resumes a run that was ended."
+    draft = command("draft", _draft, text)
+    draft.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="for the draft, new"
+    )
+    draft.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
+    draft.add_argument(
+        "--draft", default="layers:6", help="layers:N, layers:I,J,... of it, or a model (layers:6)"
+    )
+    draft.add_argument("--divergence", default="forward_kl", help="(forward_kl)")
+    draft.add_argument("--source", default="target", help="target or text (target)")
+    draft.add_argument("--on-policy", type=float, default=0.0, help="share of steps (0)")
+    draft.add_argument("--text", type=Path, metavar="FILE", help="a document a line, or .jsonl")
+    draft.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (the demo's)")
+    draft.add_argument("--temperature", type=float, default=1.0, help="of serving (1)")
+    draft.add_argument("--top-k", type=int, default=0, help="0 is off (0)")
+    draft.add_argument("--top-p", type=float, default=1.0, help="(1)")
+    draft.add_argument("--min-p", type=float, default=0.0, help="(0)")
+    draft.add_argument("--steps", type=_positive, default=200, help="(200)")
+    draft.add_argument("--batch", type=_positive, default=8, help="answers a step (8)")
+    draft.add_argument("--answers", type=_positive, default=2, help="of the target, a prompt (2)")
+    draft.add_argument("--length", type=_positive, default=64, help="tokens of an answer (64)")
+    draft.add_argument("--learning-rate", type=float, default=1e-3, help="(0.001)")
+    draft.add_argument("--num-draft-tokens", type=_positive, default=4, help="when judged (4)")
+    draft.add_argument("--checkpoint-every", type=_positive, default=50, help="steps (50)")
+    draft.add_argument("--seed", type=int, default=0, help="(0)")
     text = "Teacher caches: top-k log-probabilities, recorded once for many students."
     cache = commands.add_parser("cache", help=text, description=text)
     parts = cache.add_subparsers(dest="part", required=True, metavar="COMMAND")
@@ -382,6 +409,27 @@ def _certify(options: argparse.Namespace) -> int:
     else:
         print(certify_pair.table(found))
     return 0 if found.lossless else 1
+
+
+def _draft(options: argparse.Namespace) -> int:
+    from pydistill.recipes import UsageError
+
+    try:
+        from pydistill.recipes import draft, models
+
+        given = {field.name: getattr(options, field.name) for field in fields(draft.Options)}
+        given["model"] = options.model or models.DEFAULT
+        result = draft.run(draft.Options(**given), progress=not options.json)
+    except UsageError as error:
+        raise _Problem(str(error)) from error
+    except KeyboardInterrupt:
+        print(f"\n{options.output} is not done; the same command goes on.", file=sys.stderr)
+        raise
+    if options.json:
+        _print_json(result.to_json())
+    else:
+        print(draft.table(result))
+    return 0
 
 
 def _cache_build(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers", reason="the demo needs the extra `hf`")
 
 from pydistill import _native, cli
-from pydistill.recipes import UsageError, compare, demo, models
+from pydistill.recipes import UsageError, answers, compare, demo, models
 
 
 @pytest.fixture
@@ -86,18 +86,20 @@ def test_answers_count_up_to_the_end_token(tiny: Path) -> None:
     """And the logits kept for column t are those that token t was drawn from."""
     teacher, tokenizer = models.load(str(tiny), torch.float32)
     torch.manual_seed(0)
-    with demo._bar(False, 1, "") as bar:
-        texts = demo.sample(teacher, tokenizer, ["a", "long prompt"], options(tiny), bar)
+    texts = answers.sample(
+        teacher, *answers.encode(tokenizer, ["a", "long prompt"]), answers=2, new_tokens=8, pad=0,
+        dtype=torch.float32,
+    )  # fmt: skip
     width = texts.ids.shape[1] - 8
     assert texts.counted.shape == (4, 8)
     ids = texts.ids.clone()
     ids[0, width + 2] = 0  # as if the third token had ended the answer
     ended = (ids[:, width:] == 0).long()
-    found = demo.counted(ids[:, width:], teacher.generation_config.eos_token_id)
+    found = answers.counted(ids[:, width:], teacher.generation_config.eos_token_id)
     assert found[0, :4].tolist() == [True, True, True, False]
     assert bool((found == (ended.cumsum(-1) - ended == 0)).all())
 
-    got = demo.answer_logits(teacher, texts, torch.float32)
+    got = answers.answer_logits(teacher, texts, torch.float32)
     row = texts.ids[2:3]  # the longer prompt has no padding
     assert bool(texts.attended[2].all())
     want = teacher(row).logits[:, width - 1 : -1]
@@ -164,7 +166,7 @@ def test_memory_is_what_a_way_allocates_above_its_inputs() -> None:
 
 
 def test_shipped_prompts_are_split_and_distinct() -> None:
-    train, held_out = demo.prompts()
+    train, held_out = answers.prompts()
     assert (len(train), len(held_out)) == (40, 8)
     assert len({*train, *held_out}) == 48
 

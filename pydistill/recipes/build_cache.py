@@ -23,7 +23,9 @@ from torch import Tensor
 
 from pydistill import topk_logprobs
 from pydistill.cache import CacheError, CacheWriter, Manifest, TeacherCache, tokenizer_hash
-from pydistill.recipes import UsageError, demo, models
+from pydistill.recipes import UsageError, models
+from pydistill.recipes import bar as progress_bar
+from pydistill.recipes.answers import prompts
 
 _LOGITS_AT_ONCE = 2**28  # elements of the model's output: 512 MB in bf16
 # What models do to their head's output, by the name in the configuration: Cohere, Granite, Gemma,
@@ -57,7 +59,7 @@ def run(options: Options, progress: bool = True) -> Result:
     """Builds or resumes the cache in `options.output`; UsageError for what cannot be met."""
     start = time.perf_counter()
     texts = read_texts(options.text)
-    teacher, tokenizer = models.load(options.model, demo.compute_dtype(), progress)
+    teacher, tokenizer = models.load(options.model, models.compute_dtype(), progress)
     try:
         manifest = Manifest(
             model=options.model,
@@ -72,7 +74,7 @@ def run(options: Options, progress: bool = True) -> Result:
     try:
         with CacheWriter(options.output, manifest) as writer:
             resumed_at = writer.written
-            with demo._bar(progress, len(texts), "teacher explains") as bar:
+            with progress_bar(progress, len(texts), "teacher explains") as bar:
                 documents = tokenized(tokenizer, texts, options.length, bar)
                 fill(writer, teacher, documents, options)
         cache = TeacherCache.open(options.output, tokenizer=None)
@@ -97,7 +99,7 @@ def read_texts(path: Path | None) -> list[str | list[dict[str, str]]]:
     plain text in any other; empty lines are left out. None gives the demo's prompts.
     """
     if path is None:
-        return [[{"role": "user", "content": prompt}] for part in demo.prompts() for prompt in part]
+        return [[{"role": "user", "content": prompt}] for part in prompts() for prompt in part]
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -209,12 +211,12 @@ def head_of(teacher: Any) -> Any:
     logits = _outputs(teacher, ids, torch.ones_like(ids)).logits.float()
     bias = None if head.bias is None else head.bias.float()
     ours = torch.nn.functional.linear(states.float(), head.weight.float(), bias)
-    rounding = 2 * torch.finfo(demo.compute_dtype()).eps
+    rounding = 2 * torch.finfo(models.compute_dtype()).eps
     return head if (logits - ours).norm() <= rounding * logits.norm() else None
 
 
 def _outputs(model: Any, ids: Tensor, attended: Tensor) -> Any:
-    dtype = demo.compute_dtype()
+    dtype = models.compute_dtype()
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return model(input_ids=ids, attention_mask=attended, use_cache=False)
 

@@ -6,18 +6,15 @@ learns the teacher's next-token distribution at every position of those answers 
 the teacher's own text is what makes a good draft for speculative decoding, so the figure of merit
 is acceptance, sum min(p, q): the share of the student's draft tokens that the teacher would keep.
 
-Prompts are padded on the left, so the answers of a batch fill the same columns, and the head runs
-on those columns only. The teacher's logits on them are computed once and kept in its dtype.
+The teacher's logits on the answers are computed once and kept in its dtype.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,10 @@ from torch import Tensor
 
 import pydistill
 from pydistill import _registry
-from pydistill.recipes import UsageError, models
+from pydistill.recipes import bar as progress_bar
+from pydistill.recipes import models
+from pydistill.recipes.answers import Answers, answer_logits, encode, prompts, sample
 from pydistill.recipes.compare import Measurement, compare
-
-HELD_OUT = "# held out"
 
 
 @dataclass(frozen=True)
@@ -80,51 +77,32 @@ class Result:
         return data
 
 
-@dataclass(frozen=True)
-class Answers:
-    """Prompts and sampled answers; an answer is not counted after its end token."""
-
-    ids: Tensor  # [N, P + T]
-    attended: Tensor  # [N, P + T]
-    counted: Tensor  # [N, T]
-
-    def __getitem__(self, rows: Tensor | slice) -> Answers:
-        return Answers(self.ids[rows], self.attended[rows], self.counted[rows])
-
-
-def prompts() -> tuple[list[str], list[str]]:
-    """The shipped prompts: those to train on, and those held out."""
-    text = resources.files("pydistill.recipes").joinpath("data/prompts.txt").read_text("utf-8")
-    parts = text.split(HELD_OUT)
-    train, held_out = (
-        [line for line in part.splitlines() if line and not line.startswith("#")] for part in parts
-    )
-    return train, held_out
-
-
 def run(options: Options, progress: bool = True) -> Result:
     """Distils, measures, and saves the student if asked, with progress bars on stderr."""
     start = time.perf_counter()
     if options.output is not None:
-        _check_output(options.output)
-    dtype = compute_dtype()
+        models.check_output(options.output)
+    dtype = models.compute_dtype()
     teacher, tokenizer = models.load(options.model, dtype, progress)
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         student, chosen = models.shallow_copy(teacher, options.layers)
         train, held_out = prompts()
-        with _bar(progress, options.new_tokens, "teacher answers") as bar:
+        with progress_bar(progress, options.new_tokens, "teacher answers") as bar:
             began = time.perf_counter()
-            everything = sample(teacher, tokenizer, train + held_out, options, bar)
+            everything = sample(
+                teacher, *encode(tokenizer, train + held_out), answers=options.answers,
+                new_tokens=options.new_tokens, pad=tokenizer.pad_token_id, dtype=dtype, bar=bar,
+            )  # fmt: skip
             sampling = int(everything.counted.sum()) / (time.perf_counter() - began)
-        with _bar(progress, len(everything.ids), "teacher explains") as bar:
+        with progress_bar(progress, len(everything.ids), "teacher explains") as bar:
             wanted = teacher_logits(teacher, everything, options, dtype, bar)
         split = len(train) * options.answers
         learn, judge = slice(None, split), slice(split, None)
         seen, unseen = everything[learn], everything[judge]
 
         before = evaluate(student, unseen, wanted[judge], options, dtype)
-        with _bar(progress, options.steps, "student learns") as bar:
+        with progress_bar(progress, options.steps, "student learns") as bar:
             began = time.perf_counter()
             losses, tokens = distil(student, seen, wanted[learn], options, dtype, bar)
             training = tokens / (time.perf_counter() - began)
@@ -138,7 +116,7 @@ def run(options: Options, progress: bool = True) -> Result:
         ]
     measured = compare(pair[0], pair[1])
     if options.output is not None:
-        _save(options.output, student, tokenizer)
+        models.save_output(options.output, student, tokenizer)
     operator = _registry.OPERATORS["divergence"]
     return Result(
         options=options,
@@ -157,72 +135,6 @@ def run(options: Options, progress: bool = True) -> Result:
         compared=measured,
         seconds=time.perf_counter() - start,
     )
-
-
-def compute_dtype() -> torch.dtype:
-    """bf16 where this CPU multiplies it natively, else fp32, which is then faster."""
-    native: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-@torch.no_grad()
-def sample(model: Any, tokenizer: Any, texts: list[str], options: Options, bar: Any) -> Answers:
-    """`options.answers` sampled answers to each text, in the texts' order, all in one batch."""
-    from transformers import StoppingCriteria, StoppingCriteriaList
-
-    class Tick(StoppingCriteria):
-        def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            bar.update()
-            return torch.zeros(len(input_ids), dtype=torch.bool)
-
-    chat = tokenizer.chat_template is not None
-    if chat:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-            for text in texts
-        ]
-    batch = tokenizer(
-        texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=not chat
-    )
-    ids, attended = batch["input_ids"], batch["attention_mask"]
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=attended,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=options.answers,
-        max_new_tokens=options.new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([Tick()]),
-    )
-    answer = out[:, ids.shape[1] :]
-    attended = attended.repeat_interleave(options.answers, 0)
-    attended = torch.cat([attended, torch.ones_like(answer)], -1)
-    return Answers(out, attended, counted(answer, model.generation_config.eos_token_id))
-
-
-def counted(answer: Tensor, end: int | list[int] | None) -> Tensor:
-    """Which tokens of `answer [N, T]` were written: all up to an end token, and that one."""
-    ended = torch.isin(answer, torch.tensor([] if end is None else end, dtype=answer.dtype))
-    return ended.cumsum(-1) - ended.long() == 0
-
-
-def answer_logits(model: Any, texts: Answers, dtype: torch.dtype) -> Tensor:
-    """The logits `[N, T, V]` from which each token of the answers was or would be drawn."""
-    attended = texts.attended[:, :-1]
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        logits: Tensor = model(
-            input_ids=texts.ids[:, :-1],
-            attention_mask=attended,
-            position_ids=(attended.cumsum(-1) - 1).clamp(min=0),
-            use_cache=False,
-            logits_to_keep=texts.counted.shape[1],
-        ).logits
-    return logits
 
 
 @torch.no_grad()
@@ -295,34 +207,6 @@ def _batches(count: int, size: int) -> Iterator[Tensor]:
     """Row numbers, epoch after epoch in a new order; the last batch of an epoch may be short."""
     while True:
         yield from torch.split(torch.randperm(count), size)
-
-
-def _bar(shown: bool, total: int, label: str) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, file=sys.stderr, disable=not shown, dynamic_ncols=True)
-
-
-def _check_output(folder: Path) -> None:
-    """Refuses before the work what could not be written after it."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"--output {folder} exists already; name a new folder.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--output {folder} cannot be made ({error.strerror}); name a folder that can."
-        ) from error
-
-
-def _save(folder: Path, student: Any, tokenizer: Any) -> None:
-    try:
-        models.write_folder(folder, lambda part: models.save(part, student, tokenizer))
-    except OSError as error:
-        raise UsageError(
-            f"the student cannot be written to {folder} ({error.strerror or error}); free some"
-            " space there or name another --output."
-        ) from error
 
 
 def table(result: Result) -> str:

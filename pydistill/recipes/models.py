@@ -66,6 +66,12 @@ def load(
     return model.eval(), tokenizer
 
 
+def compute_dtype() -> torch.dtype:
+    """bf16 where this CPU multiplies it natively, else fp32, which is then faster."""
+    native: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
 def cache_folder() -> Path:
     """`PYDISTILL_CACHE`, or `pydistill` in the user's cache directory."""
     if chosen := os.environ.get("PYDISTILL_CACHE"):
@@ -155,6 +161,29 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def check_output(folder: Path) -> None:
+    """Refuses before the work what could not be written after it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"--output {folder} exists already; name a new folder.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--output {folder} cannot be made ({error.strerror}); name a folder that can."
+        ) from error
+
+
+def save_output(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Writes both to the folder that `check_output` let pass, whole or not at all."""
+    try:
+        write_folder(folder, lambda part: save(part, model, tokenizer))
+    except OSError as error:
+        raise UsageError(
+            f"the model cannot be written to {folder} ({error.strerror or error}); free some"
+            " space there or name another --output."
+        ) from error
+
+
 def _part(target: Path) -> str:
     return f".{target.name}.part-"
 
@@ -175,6 +204,24 @@ def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
             f"{type(teacher).__name__} does not keep its layers in a list named `layers`;"
             " choose another --model."
         ) from error
+
+
+def draft_of(target: Any, name: str, dtype: torch.dtype, progress: bool = False) -> tuple[Any, Any]:
+    """The draft model `name` for the target, and its tokenizer, None if that is the target's.
+
+    `name` is `layers:6` for so many of the target's layers, evenly spaced, `layers:0,1,29` for
+    these, or what `load` takes.
+    """
+    if not name.startswith("layers:"):
+        return load(name, dtype, progress)
+    chosen = name.removeprefix("layers:").split(",")
+    if not all(part.isascii() and part.isdecimal() for part in chosen):
+        raise UsageError(f"--draft {name} names no layers; use layers:6 or layers:0,1,29.")
+    layers = [int(part) for part in chosen]
+    try:
+        return truncated(target, layers if len(layers) > 1 else layers[0]).to(dtype), None
+    except ValueError as error:
+        raise UsageError(f"--draft {name}: {error}") from error
 
 
 def _transformers() -> Any:

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 
 import pydistill
-from pydistill.recipes import UsageError, demo, models
-from pydistill.speculative import truncated
+from pydistill.recipes import UsageError, models
 
 
 @dataclass(frozen=True)
 class Options:
     prompt: str
     model: str = models.DEFAULT
-    draft: str = "ngram"  # "none", "ngram", "layers:N", or a model
+    draft: str = "ngram"  # "none", "ngram", or what `models.draft_of` takes
     new_tokens: int = 128
     num_draft_tokens: int | str = "auto"
     method: str = "token"
@@ -55,10 +54,10 @@ class Result:
 
 def run(options: Options, progress: bool = True) -> Result:
     """UsageError for what cannot be met."""
-    target, tokenizer = models.load(options.model, demo.compute_dtype(), progress)
+    target, tokenizer = models.load(options.model, models.compute_dtype(), progress)
     ids = prompt_ids(tokenizer, options.prompt)
     try:
-        draft, draft_tokenizer = load_draft(target, options.draft, demo.compute_dtype(), progress)
+        draft, draft_tokenizer = load_draft(target, options.draft, models.compute_dtype(), progress)
         settings: dict[str, Any] = {
             "max_new_tokens": options.new_tokens, "do_sample": options.temperature != 0,
             "pad_token_id": tokenizer.pad_token_id,
@@ -115,12 +114,7 @@ def load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tu
     """What `pydistill.generate` takes as draft, and the draft's tokenizer if it has its own."""
     if name in ("none", "ngram"):
         return (None if name == "none" else "ngram"), None
-    if name.startswith("layers:"):
-        count = name.removeprefix("layers:")
-        if not count.isdecimal():
-            raise UsageError(f"--draft {name} names no number; use layers:6.")
-        return truncated(target, int(count)), None
-    return models.load(name, dtype, progress)
+    return models.draft_of(target, name, dtype, progress)
 
 
 @torch.inference_mode()
