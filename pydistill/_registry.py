@@ -100,6 +100,11 @@ def eager_kernel(name: str, schema: str) -> None:
     _libraries["pydistill"].define(name + schema)
 
 
+def has_eager() -> bool:
+    """Whether the native library is loaded, which alone has the ops of `eager_kernel`."""
+    return _native.available()
+
+
 def eager(name: str) -> Callable[..., Any]:
     """The bound overload of an `eager_kernel`."""
     found: Callable[..., Any] = getattr(torch.ops.pydistill, name).default

@@ -25,6 +25,7 @@ def options(tiny: Path, output: Path, **changes: Any) -> draft.Options:
     return draft.Options(**{"output": output, "model": str(tiny), **few, **changes})
 
 
+@pytest.mark.slow
 def test_acceptance_improves_and_the_draft_serves(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +112,7 @@ def test_every_divergence_and_source_runs(
     assert training.tokens > 0
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_to_the_same_losses(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

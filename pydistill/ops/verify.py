@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pydistill import _native, _registry
+from pydistill import _registry
 from pydistill.ops import _memory, _rows, _verify_call
 from pydistill.reference import divergence
 from pydistill.reference.verify import (
@@ -192,7 +192,7 @@ def verify(
         if call.check:
             prepare(True)  # names the value
         raise
-    if key is not None and call.check and _native.available():
+    if key is not None and call.check and _registry.has_eager():
         _verify_call.remember(key, call, target_logits, draft_logits, draft_ids)
     return found
 
@@ -308,7 +308,7 @@ def _forward(inputs: Inputs, rule: Rule, backend: str, check: bool = False) -> O
         dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
         found = verify_reference(inputs, rule)
         return Outputs(*(x.to(dtype) if x.is_floating_point() else x for x in found))
-    if check and _native.available() and not torch._C._len_torch_dispatch_stack():
+    if check and _registry.has_eager() and not torch._C._len_torch_dispatch_stack():
         return Outputs(*_registry.eager("verify_eager")(*inputs, *rule, check))
     batch, slots = inputs.ids.shape
     device, rows, drafted = target.device, (batch, slots + 1), (batch, slots)

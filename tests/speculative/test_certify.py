@@ -173,6 +173,7 @@ def _residual_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(reference, "final_weights", lambda d, t, n, *_: reference._row(d.p, n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutate", [_another_temperature, _coins_shared, _residual_dropped])
 def test_mutants_of_decoding_are_disproved(
     pair: tuple[Any, Any], mutate: Any, monkeypatch: pytest.MonkeyPatch
