@@ -133,7 +133,7 @@ def test_hidden_states_and_logits_give_the_same_cache(
     tiny: Path, text: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In fp32, where the rounding of the logits decides no rank."""
-    monkeypatch.setattr(build_cache.demo, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(build_cache.models, "compute_dtype", lambda: torch.float32)
     real, given = build_cache.topk_logprobs, []
 
     def spied(x: torch.Tensor, *args: object, **more: object) -> object:
@@ -178,7 +178,7 @@ def test_a_head_is_used_where_it_makes_the_logits(
 ) -> None:
     import transformers
 
-    monkeypatch.setattr(build_cache.demo, "compute_dtype", lambda: torch.float32)
+    monkeypatch.setattr(build_cache.models, "compute_dtype", lambda: torch.float32)
     config = getattr(transformers, f"{family}Config")(**{**SMALL, **options})
     name = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     model = getattr(transformers, name)(config).eval()
@@ -206,7 +206,7 @@ def test_what_no_configuration_names_is_found(
     tiny: Path, after: Callable[[torch.Tensor], torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model whose code changes the logits, in bf16, where rounding hides most."""
-    monkeypatch.setattr(build_cache.demo, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(build_cache.models, "compute_dtype", lambda: torch.bfloat16)
     model, _ = models.load(str(tiny), torch.bfloat16)
     assert build_cache.head_of(model) is model.get_output_embeddings()
     real = type(model).forward
