@@ -8,6 +8,7 @@ that cannot be met; 130, Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -94,7 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     write.add_argument(
         "--draft", default="ngram", help="ngram, none, layers:N of the model, or a model (ngram)"
     )
-    write.add_argument("--max-new-tokens", type=_positive, default=128, help="(128)")
+    write.add_argument(
+        "--max-new-tokens", dest="new_tokens", type=_positive, default=128, help="(128)"
+    )
     write.add_argument(
         "--num-draft-tokens", type=_drafted, default="auto", help="a number, or auto (auto)"
     )
@@ -117,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     certify.add_argument(
         "--num-draft-tokens", type=_drafted, default=3, help="a number, or auto (3)"
     )
-    certify.add_argument("--max-new-tokens", type=_positive, help="(2 more than are drafted)")
+    certify.add_argument(
+        "--max-new-tokens", dest="new_tokens", type=_positive, help="(2 more than are drafted)"
+    )
     certify.add_argument("--samples", type=_positive, default=2048, help="(2048)")
     certify.add_argument("--method", choices=("token", "block"), default="token", help="(token)")
     certify.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
@@ -160,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     parts = cache.add_subparsers(dest="part", required=True, metavar="COMMAND")
     text = "Runs a teacher over texts and records its top-k; resumes an unfinished cache."
     build = command("build", _cache_build, text, parts)
-    build.add_argument("folder", type=Path, help="of the new or unfinished cache")
+    build.add_argument("output", type=Path, metavar="folder", help="of the new or unfinished cache")
     build.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
     build.add_argument("--text", type=Path, metavar="FILE", help="a document a line, or .jsonl")
     build.add_argument("--k", type=_positive, default=64, help="tokens kept a position (64)")
@@ -323,25 +328,26 @@ def _bench(options: argparse.Namespace) -> int:
     return 1 if done.returncode else 0
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _run(name: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Runs the recipe `name`: its module, the fields of its Options that the command line has, and
+    the result."""
     from pydistill.recipes import UsageError
 
     try:
-        from pydistill.recipes import demo, models
+        from pydistill.recipes import models
 
-        result = demo.run(
-            demo.Options(
-                model=options.model or models.DEFAULT,
-                layers=options.layers,
-                kind=options.kind,
-                steps=options.steps,
-                seed=options.seed,
-                output=options.output,
-            ),
-            progress=not options.json,
+        recipe = importlib.import_module(f"pydistill.recipes.{name}")
+        asked = vars(options) | {"model": options.model or models.DEFAULT}
+        chosen = recipe.Options(
+            **{x.name: asked[x.name] for x in fields(recipe.Options) if x.name in asked}
         )
+        return recipe, chosen, recipe.run(chosen, progress=not options.json)
     except UsageError as error:
         raise _Problem(str(error)) from error
+
+
+def _demo(options: argparse.Namespace) -> int:
+    demo, _, result = _run("demo", options)
     if options.json:
         _print_json(result.to_json())
     else:
@@ -350,28 +356,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from pydistill.recipes import UsageError
-
-    try:
-        from pydistill.recipes import models, write
-
-        chosen = write.Options(
-            prompt=options.prompt,
-            model=options.model or models.DEFAULT,
-            draft=options.draft,
-            new_tokens=options.max_new_tokens,
-            num_draft_tokens=options.num_draft_tokens,
-            method=options.method,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            seed=options.seed,
-            compare=options.compare,
-        )
-        result = write.run(chosen, progress=not options.json)
-    except UsageError as error:
-        raise _Problem(str(error)) from error
+    write, chosen, result = _run("write", options)
     if options.json:
         _print_json(result.to_json())
     else:
@@ -380,30 +365,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _certify(options: argparse.Namespace) -> int:
-    from pydistill.recipes import UsageError
-
-    try:
-        from pydistill.recipes import certify_pair, models
-
-        chosen = certify_pair.Options(
-            prompt=options.prompt,
-            model=options.model or models.DEFAULT,
-            draft=options.draft,
-            num_draft_tokens=options.num_draft_tokens,
-            new_tokens=options.max_new_tokens,
-            samples=options.samples,
-            method=options.method,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            false_alarm=options.false_alarm,
-            confidence=options.confidence,
-            seed=options.seed,
-        )
-        found = certify_pair.run(chosen, progress=not options.json)
-    except UsageError as error:
-        raise _Problem(str(error)) from error
+    certify_pair, _, found = _run("certify_pair", options)
     if options.json:
         _print_json(certify_pair.to_json(found))
     else:
@@ -412,16 +374,8 @@ def _certify(options: argparse.Namespace) -> int:
 
 
 def _draft(options: argparse.Namespace) -> int:
-    from pydistill.recipes import UsageError
-
     try:
-        from pydistill.recipes import draft, models
-
-        given = {field.name: getattr(options, field.name) for field in fields(draft.Options)}
-        given["model"] = options.model or models.DEFAULT
-        result = draft.run(draft.Options(**given), progress=not options.json)
-    except UsageError as error:
-        raise _Problem(str(error)) from error
+        draft, _, result = _run("draft", options)
     except KeyboardInterrupt:
         print(f"\n{options.output} is not done; the same command goes on.", file=sys.stderr)
         raise
@@ -433,28 +387,11 @@ def _draft(options: argparse.Namespace) -> int:
 
 
 def _cache_build(options: argparse.Namespace) -> int:
-    from pydistill.recipes import UsageError
-
     try:
-        from pydistill.recipes import build_cache, models
-
-        result = build_cache.run(
-            build_cache.Options(
-                output=options.folder,
-                model=options.model or models.DEFAULT,
-                text=options.text,
-                k=options.k,
-                temperature=options.temperature,
-                codes=options.codes,
-                length=options.length,
-            ),
-            progress=not options.json,
-        )
-    except UsageError as error:
-        raise _Problem(str(error)) from error
+        build_cache, _, result = _run("build_cache", options)
     except KeyboardInterrupt:
-        if options.folder.exists():
-            print(f"\n{options.folder} is kept; the same command resumes it.", file=sys.stderr)
+        if options.output.exists():
+            print(f"\n{options.output} is kept; the same command resumes it.", file=sys.stderr)
         raise
     if options.json:
         _print_json(vars(result))

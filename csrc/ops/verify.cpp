@@ -98,12 +98,8 @@ void spread(int64_t blocks, void (*body)(void*, int64_t, int64_t), void* state) 
                               [&](int64_t begin, int64_t end) { body(state, begin, end); });
 }
 
-void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted, Tensor warpers,
-                Tensor seed, Tensor position, MaybeTensor bias, MaybeTensor parent,
-                MaybeTensor support, int64_t method, int64_t lenience, double strength,
-                double alpha, bool check, Tensor tokens, Tensor num_accepted, Tensor logprobs,
-                Tensor overlap, Tensor tv, Tensor target_lse, Tensor draft_lse, Tensor flags,
-                Tensor path) {
+// The target's rows, and what warps both sides' rows.
+VerifyArgs target_rows(const Tensor& target, const Tensor& warpers, const MaybeTensor& bias) {
   VerifyArgs a{};
   STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1 && target.size(2) >= 1,
                   "target must be [B, K + 1, V]");
@@ -112,6 +108,24 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
   a.slots = rows - 1;
   a.vocab = target.size(2);
   a.target = rows_of("target", target, batch, rows, a.vocab);
+  a.warpers = warpers_of(warpers, batch);
+  a.warper_step = warpers.size(0) == 1 ? 0 : 2 * kWarpers;
+  if (bias.has_value()) {
+    const bool one = bias->numel() == a.vocab;
+    a.bias = vector<float>("logit_bias", *bias, one ? a.vocab : batch * a.vocab);
+    a.bias_step = one ? 0 : a.vocab;
+  }
+  return a;
+}
+
+void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted, Tensor warpers,
+                Tensor seed, Tensor position, MaybeTensor bias, MaybeTensor parent,
+                MaybeTensor support, int64_t method, int64_t lenience, double strength,
+                double alpha, bool check, Tensor tokens, Tensor num_accepted, Tensor logprobs,
+                Tensor overlap, Tensor tv, Tensor target_lse, Tensor draft_lse, Tensor flags,
+                Tensor path) {
+  VerifyArgs a = target_rows(target, warpers, bias);
+  const int64_t batch = target.size(0), rows = target.size(1);
   if (draft.has_value()) {
     STD_TORCH_CHECK(draft->scalar_type() == target.scalar_type(), "draft must have target's dtype");
     const bool all = !support.has_value();
@@ -133,13 +147,6 @@ void verify_fwd(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_drafted
   a.num_drafted = each("num_drafted", num_drafted, batch, a.drafted_step);
   a.position = each("position", position, batch, a.position_step);
   a.seed = each("seed", seed, batch, a.seed_step);
-  a.warpers = warpers_of(warpers, batch);
-  a.warper_step = warpers.size(0) == 1 ? 0 : 2 * kWarpers;
-  if (bias.has_value()) {
-    const bool one = bias->numel() == a.vocab;
-    a.bias = vector<float>("logit_bias", *bias, one ? a.vocab : batch * a.vocab);
-    a.bias_step = one ? 0 : a.vocab;
-  }
   if (parent.has_value()) {
     const bool one = parent->numel() == a.slots && batch != 1;
     a.parent = vector<int32_t>("parent", *parent, one ? a.slots : batch * a.slots);
@@ -213,23 +220,10 @@ Results verify_eager(Tensor target, MaybeTensor draft, Tensor ids, Tensor num_dr
 void gradient(const Tensor& target, const Tensor& draft, const Tensor& warpers,
               const MaybeTensor& bias, const Tensor& overlap, const Tensor& flags, int64_t kind,
               double beta, const Tensor& divergence, const Tensor& out) {
-  VerifyArgs a{};
-  STD_TORCH_CHECK(target.dim() == 3 && target.size(1) >= 1 && target.size(2) >= 1,
-                  "target must be [B, K + 1, V]");
+  VerifyArgs a = target_rows(target, warpers, bias);
   const int64_t batch = target.size(0), rows = target.size(1);
-  a.dtype = dtype_of("target", target);
-  a.slots = rows - 1;
-  a.vocab = target.size(2);
-  a.target = rows_of("target", target, batch, rows, a.vocab);
   STD_TORCH_CHECK(draft.scalar_type() == target.scalar_type(), "draft must have target's dtype");
   a.draft = rows_of("draft", draft, batch, a.slots, a.vocab);
-  a.warpers = warpers_of(warpers, batch);
-  a.warper_step = warpers.size(0) == 1 ? 0 : 2 * kWarpers;
-  if (bias.has_value()) {
-    const bool one = bias->numel() == a.vocab;
-    a.bias = vector<float>("logit_bias", *bias, one ? a.vocab : batch * a.vocab);
-    a.bias_step = one ? 0 : a.vocab;
-  }
   a.overlap = vector<float>("overlap", overlap, batch * a.slots);
   a.flags = vector<int32_t>("flags", flags, batch * rows);
   STD_TORCH_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kTvd), "kind is ", kind);

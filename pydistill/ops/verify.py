@@ -439,24 +439,36 @@ _registry.kernel(
 )
 
 
-class _Gradient(torch.autograd.Function):
+class _NoDerivatives(torch.autograd.Function):
+    """Under transforms. Not differentiable: a gradient is none, a tangent an error."""
+
+    @staticmethod
+    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output)
+        ctx.count = len(args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        count: int = ctx.count
+        return (None,) * count
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(_NO_TANGENT)
+
+
+def _row_a_request(x: Tensor, dim: int | None, batch: int, requests: int) -> Tensor:
+    """A tensor with a row for all requests of each call of a vmapped batch: one a request of it."""
+    x = x[None] if dim is None else x.movedim(dim, 0)
+    return x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])
+
+
+class _Gradient(_NoDerivatives):
     """`_gradient` under transforms; `verify` has refused tangents before."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         return _gradient(args[:6], *args[6:])
-
-    @staticmethod
-    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 8
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise RuntimeError(_NO_TANGENT)
 
     @staticmethod
     def vmap(
@@ -465,34 +477,21 @@ class _Gradient(torch.autograd.Function):
         batch, merged = info.batch_size, []
         requests = args[0].shape[1 if in_dims[0] == 0 else 0]
         for i, (x, dim) in enumerate(zip(args[:6], in_dims, strict=False)):
-            if x is not None and i in (2, 3):  # warpers, logit_bias: one row may serve all
-                x = x[None] if dim is None else x.movedim(dim, 0)
-                x = x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])
+            if x is not None and i in (2, 3):  # warpers, logit_bias
+                x = _row_a_request(x, dim, batch, requests).contiguous()
             elif x is not None:
-                x = _rows.lead(x, dim, batch)
-            merged.append(x if x is None else x.contiguous())
+                x = _rows.lead(x, dim, batch).contiguous()
+            merged.append(x)
         found = _Gradient.apply(*merged, *args[6:])
         return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0, 0)
 
 
-class _Verify(torch.autograd.Function):
-    """`_forward` under transforms. Not differentiable: a gradient is none, a tangent an error."""
+class _Verify(_NoDerivatives):
+    """`_forward` under transforms."""
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         return tuple(_forward(Inputs(*args[:10]), *args[10:]))
-
-    @staticmethod
-    def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * 12
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> None:
-        raise RuntimeError(_NO_TANGENT)
 
     @staticmethod
     def vmap(
@@ -502,15 +501,13 @@ class _Verify(torch.autograd.Function):
         requests = given.target.shape[1 if in_dims[0] == 0 else 0]
         merged: list[Tensor | None] = []
         for name, x, dim in zip(Inputs._fields, given, in_dims, strict=False):
-            if x is not None and name not in ("target", "draft", "ids"):
-                # A row for all requests of each call: one a request of the batch.
-                x = x[None] if dim is None else x.movedim(dim, 0)
-                x = x.expand(batch, requests, *x.shape[2:]).reshape(-1, *x.shape[2:])
-            elif x is not None:
-                x = _rows.lead(x, dim, batch)
-            logits = name in ("target", "draft")
-            merged.append(
-                x if x is None else _verify_call.unit_stride(x) if logits else x.contiguous()
-            )
+            if x is None:
+                merged.append(None)
+            elif name in ("target", "draft"):
+                merged.append(_verify_call.unit_stride(_rows.lead(x, dim, batch)))
+            elif name == "ids":
+                merged.append(_rows.lead(x, dim, batch).contiguous())
+            else:
+                merged.append(_row_a_request(x, dim, batch, requests).contiguous())
         found = _Verify.apply(*merged, *args[10:])
         return tuple(x.reshape(batch, -1, *x.shape[1:]) for x in found), (0,) * 9

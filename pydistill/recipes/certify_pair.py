@@ -15,6 +15,7 @@ import torch
 
 import pydistill
 from pydistill.recipes import UsageError, models, write
+from pydistill.recipes import bar as progress_bar
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,17 @@ class Options:
 
 def run(options: Options, progress: bool = True) -> pydistill.Certificate:
     """UsageError for what cannot be met."""
-    from tqdm import tqdm
-
     target, tokenizer = models.load(options.model, torch.float32, progress)
     ids = write.prompt_ids(tokenizer, options.prompt)
-    settings: dict[str, Any] = {"do_sample": options.temperature != 0}
-    if options.temperature != 0:
-        names = ("temperature", "top_k", "top_p", "min_p")
-        settings |= {name: getattr(options, name) for name in names}
     try:
         draft, draft_tokenizer = write.load_draft(target, options.draft, torch.float32, progress)
-        bar = tqdm(total=options.samples, desc="samples", disable=not progress)
-        with bar:
+        with progress_bar(progress, options.samples, "samples") as bar:
             return pydistill.certify(
                 target, draft, ids, num_draft_tokens=options.num_draft_tokens,
                 new_tokens=options.new_tokens, samples=options.samples, method=options.method,
                 false_alarm=options.false_alarm, confidence=options.confidence, seed=options.seed,
                 progress=lambda done: bar.update(done - bar.n), tokenizer=tokenizer,
-                draft_tokenizer=draft_tokenizer, **settings,
+                draft_tokenizer=draft_tokenizer, **write.sampling(options),
             )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -24,7 +24,7 @@ from torch import Tensor
 import pydistill
 from pydistill import _registry
 from pydistill.recipes import bar as progress_bar
-from pydistill.recipes import models
+from pydistill.recipes import models, rate_at
 from pydistill.recipes.answers import Answers, answer_logits, encode, prompts, sample
 from pydistill.recipes.compare import Measurement, compare
 
@@ -177,10 +177,7 @@ def distil(
     """`options.steps` steps of AdamW on fp32 weights: the losses, and how many tokens taught."""
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.learning_rate, fused=True)
-    warm = max(1, options.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warm, max(0.1, 1 - i / options.steps))
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_at(i, options.steps))
     losses, tokens = [], 0
     for rows in itertools.islice(_batches(len(texts.ids), options.batch), options.steps):
         here = texts.counted[rows]

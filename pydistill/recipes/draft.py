@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 import pydistill
-from pydistill.recipes import UsageError, build_cache, models
+from pydistill.recipes import UsageError, build_cache, models, rate_at
 from pydistill.recipes import bar as progress_bar
 from pydistill.recipes.answers import Answers, answer_logits, encode, prompts, sample
 from pydistill.reference.verify import cuts
@@ -189,10 +189,8 @@ class Training:
             )
         value.backward()
         torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
-        warm = max(1, options.steps // 10)
-        rate = min((number + 1) / warm, max(0.1, 1 - number / options.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * rate
+            group["lr"] = options.learning_rate * rate_at(number, options.steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.tokens += int(texts.counted.sum())

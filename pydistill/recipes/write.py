@@ -59,12 +59,9 @@ def run(options: Options, progress: bool = True) -> Result:
     try:
         draft, draft_tokenizer = load_draft(target, options.draft, models.compute_dtype(), progress)
         settings: dict[str, Any] = {
-            "max_new_tokens": options.new_tokens, "do_sample": options.temperature != 0,
-            "pad_token_id": tokenizer.pad_token_id,
+            "max_new_tokens": options.new_tokens, "pad_token_id": tokenizer.pad_token_id,
+            **sampling(options),
         }  # fmt: skip
-        if options.temperature != 0:
-            names = ("temperature", "top_k", "top_p", "min_p")
-            settings |= {name: getattr(options, name) for name in names}
         if options.compare:
             _plain(target, ids, settings)
         start = time.perf_counter()
@@ -97,6 +94,14 @@ def run(options: Options, progress: bool = True) -> Result:
         plain_tokens_per_second=plain_rate,
         same_text=same,
     )
+
+
+def sampling(options: Any) -> dict[str, Any]:
+    """The settings of `pydistill.generate` for the temperature and filters of `options`."""
+    if options.temperature == 0:
+        return {"do_sample": False}
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return {"do_sample": True} | {name: getattr(options, name) for name in names}
 
 
 def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:

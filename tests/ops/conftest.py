@@ -20,7 +20,8 @@ from pydistill.testing import Case, check, expected
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A slow case makes a slow test."""
     for item in items:
-        case = getattr(item, "callspec", None) and item.callspec.params.get("case")  # type: ignore[attr-defined]
+        callspec = getattr(item, "callspec", None)
+        case = callspec and callspec.params.get("case")
         if isinstance(case, Case) and "slow" in case.marks:
             item.add_marker(pytest.mark.slow)
 
