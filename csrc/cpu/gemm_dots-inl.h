@@ -39,6 +39,7 @@ inline GemmPlan PlanDots(const GemmArgs& g, GemmPlan p) {
   p.depth_block = kDotsPacked / (p.pairs ? 2 : 4) / few.lines / kDotsStep * kDotsStep;
   p.pack_grain = Ceil(kElementsWorthAThread, few.depth + 1);
   p.split_grain = Ceil(kProductsWorthAThread, (few.lines + 8) * few.depth + 1);
+  p.split_unit = 1;
   p.packed_bytes = 4 * few.lines * Ceil(few.depth, kDotsStep) * kDotsStep;
   p.scratch_bytes = 4 * few.lines * kDotsStrip;
   return p;
