@@ -132,13 +132,15 @@ inline GemmPlan PlanGemm(const GemmArgs& g) {
   GemmPlan p{};
   p.split_b = g.b.lines >= g.a.lines;
   p.pairs = Pairs(g);
-  if (DotsServe(g, p.split_b)) return PlanDots(g, p);
 #if PD_TARGET >= PD_TARGET_AMX
   // A panel of b whose lines lie along memory is transposed, for as many tiles as a has panels; as
-  // panels of a they are copied, and every tile of the result is transposed, after all its depth.
+  // panels of a they are taken as they lie, and every tile of the result is transposed, after all
+  // its depth.
   p.exchanged = p.pairs && g.b.depth_stride == 1 && 2 * g.a.lines < g.a.depth;
-  p.split_b = p.split_b && !p.exchanged;
 #endif
+  const bool in_place = p.exchanged && g.b.dtype == DType::kBf16;
+  if (DotsServe(g, p.split_b, in_place)) return PlanDots(g, p);
+  p.split_b = p.split_b && !p.exchanged;
   return WithTile(g, p, [&]<class Tile>(Tile, const GemmArgs& h) { return PlanTiles<Tile>(h, p); });
 }
 

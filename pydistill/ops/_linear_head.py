@@ -207,10 +207,11 @@ def forward(tiles: Tiles, loss: Forward) -> None:
 def backward(tiles: Tiles, loss: Backward, out: Gradients) -> None:
     """`out` from the statistics that forward has left with `loss`."""
     hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
-    sums = TileSums(out.weight)
-    for columns in column_tiles(tiles.vocab):
+    n = tiles.head.hidden.shape[0]
+    sums = TileSums(out.weight, once=n <= TILE_ROWS)
+    for columns in column_tiles(tiles.vocab) if n > tiles.block_rows else [slice(0, tiles.vocab)]:
         sums.begin(columns)
-        for rows in spans(tiles.head.hidden.shape[0], TILE_ROWS):
+        for rows in spans(n, TILE_ROWS):
             logits = tiles.logits(rows, columns)
             slope = tiles.slope(logits)
             loss.backward(logits, rows, columns)
@@ -229,10 +230,14 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
     Sums of the weight's gradient over the blocks take fp32 memory of its shape, and products of a
     few rows run below the rate of many. So where the gradients of the logits fit, they are kept
     until all rows have theirs; then follow the products of tiles of columns, as in `backward`.
+    One block has them in its logits' memory.
     """
-    head, kept = tiles.head, Kept.of(tiles, out)
+    head, single = tiles.head, 0 < tiles.head.hidden.shape[0] <= tiles.block_rows
+    kept = None if single else Kept.of(tiles, out)
     hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
-    weight = _zeros(out.weight) if out.weight is not None and kept is None else None
+    weight = out.weight if kept is None else None
+    if weight is not None and not single:
+        weight = _zeros(weight)
     everything = slice(0, tiles.vocab)
     if kept is not None:
         tiles.block_rows = min(tiles.block_rows, kept.block_rows())
@@ -247,7 +252,7 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
         _add_hidden(head, logits, rows, everything, hidden)
         if weight is not None:
             product(
-                logits.T, head.hidden[rows], weight[everything], accumulate=True,
+                logits.T, head.hidden[rows], weight[everything], accumulate=not single,
                 narrow=is_narrow(head),
             )  # fmt: skip
     if kept is not None:
@@ -258,7 +263,7 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
                 _add_hidden(head, grad, rows, columns, hidden)
                 sums.add(grad, head, rows)
             sums.end()
-    else:
+    elif not single:
         _put(out.weight, weight)
     _put(out.hidden, hidden)
     _put(out.bias, bias)
@@ -330,12 +335,16 @@ class Kept:
 
 class TileSums:
     """A tile of the weight's gradient, summed in fp32 over rows and rounded once: in the memory of
-    the result where that is fp32 and holds no operand (`over_operand`), else in one buffer."""
+    the result where that is fp32, or all rows are added at `once`, and it holds no operand
+    (`over_operand`), else in one buffer."""
 
-    def __init__(self, weight: Tensor | None, over_operand: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor | None, over_operand: bool = False, once: bool = False
+    ) -> None:
         self._weight, self._columns, self._empty = weight, slice(0), True
         self._buffer: Tensor | None = None
-        if weight is not None and (over_operand or weight.dtype != torch.float32):
+        sums = over_operand or not (once or weight is None or weight.dtype == torch.float32)
+        if weight is not None and sums:
             rows = min(TILE_COLUMNS, weight.shape[0])
             self._buffer = weight.new_empty((rows, weight.shape[1]), dtype=torch.float32)
 
