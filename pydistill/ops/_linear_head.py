@@ -27,13 +27,13 @@ from pydistill.ops.matmul import matmul
 from pydistill.reference.linear_head import Head
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A block of rows in forward: at most so many rows (enough to spread the packing of the weight
-# over), in units of the CPU kernels' tiles (12 rows, or 32), and at most so many bytes of fp32
-# logits a side.
-BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 96, 128 << 20
-# And so many where the gradients of logits are kept, or some of them beside the weight's, to take a
-# tenth of the memory of all logits.
-KEPT_ROWS, KEPT_BESIDE_ROWS = 128, 96
+# A block of rows in forward: at most so many rows (enough to spread the packing of the weight over,
+# few enough for memory that the allocator keeps), in units of the CPU kernels' tiles, and at most so
+# many bytes of fp32 logits a side.
+BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 128, 32, 128 << 20
+# And so many where some gradients of logits are kept beside the weight's, to take a tenth of the
+# memory of all logits.
+KEPT_BESIDE_ROWS = 96
 # A tile of backward. Its rows have whole units of columns: others begin between the 16-byte words
 # that a GPU's threads load.
 TILE_ROWS, TILE_COLUMNS, TILE_UNIT = 1024, 2048, 16
@@ -240,7 +240,7 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
         weight = _zeros(weight)
     everything = slice(0, tiles.vocab)
     if kept is not None:
-        tiles.block_rows = min(tiles.block_rows, kept.block_rows())
+        tiles.block_rows = kept.block_rows(tiles.block_rows)
     for rows in blocks(tiles):
         logits = tiles.logits(rows, everything)
         slope = tiles.slope(logits)
@@ -292,8 +292,8 @@ class Kept:
             return None
         return Kept(rows, tiles.vocab, memory)
 
-    def block_rows(self) -> int:
-        return KEPT_ROWS if self._fit == self._rows else KEPT_BESIDE_ROWS
+    def block_rows(self, most: int) -> int:
+        return most if self._fit == self._rows else min(most, KEPT_BESIDE_ROWS)
 
     def columns(self) -> Iterator[slice]:
         return column_tiles(self._vocab)
