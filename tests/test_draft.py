@@ -113,23 +113,35 @@ def test_every_divergence_and_source_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_killed_runs_go_on_to_the_same_losses(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
-    arguments = "--draft layers:2 --steps 50 --batch 4 --answers 1 --length 6 --on-policy 0.5"
+    """`--kills N` of them: every other one soon after a checkpoint; between these, from the third
+    on, at any moment of the time that the first run took to its first checkpoint."""
+    kills: int = request.config.getoption("--kills")
+    arguments = "--draft layers:2 --batch 4 --answers 1 --length 6 --on-policy 0.5"
     command = ["draft", "--model", str(tiny), *arguments.split(), "--checkpoint-every", "3"]
-    command += ["--json", "--output"]
+    command += ["--steps", str(25 * kills), "--json", "--output"]
 
-    state, seen = tmp_path / "killed.unfinished" / "state.pt", 0.0
-    for _ in range(2):
+    state, seen, reach = tmp_path / "killed.unfinished" / "state.pt", 0.0, 0.0
+    for number in range(kills):
+        begun = time.monotonic()
         run = subprocess.Popen(
             [sys.executable, "-m", "pydistill", *command, str(tmp_path / "killed")],
             stdout=subprocess.DEVNULL, cwd=Path(pydistill.__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         )  # fmt: skip
-        while run.poll() is None and (not state.exists() or state.stat().st_mtime == seen):
-            time.sleep(0.005)
-        time.sleep(random.random() * 0.15)
+        if number < 2 or number % 2 == 0:
+            while run.poll() is None and (not state.exists() or state.stat().st_mtime == seen):
+                time.sleep(0.005)
+            reach = reach or time.monotonic() - begun
+            time.sleep(random.random() * 0.15)
+        else:
+            time.sleep(random.random() * reach)
         run.send_signal(signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL, "it ended before it was killed; take more steps"
         seen = state.stat().st_mtime
@@ -139,7 +151,7 @@ def test_killed_runs_go_on_to_the_same_losses(
         return json.loads(capsys.readouterr().out)
 
     again, want = result("killed"), result("whole")
-    assert 6 <= again["resumed_at"] <= 50
+    assert 3 * ((kills + 2) // 2) <= again["resumed_at"] <= 25 * kills
     for part in ("losses", "before", "after"):
         assert again[part] == want[part]
 
