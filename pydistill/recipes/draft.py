@@ -40,6 +40,7 @@ from pydistill.recipes import UsageError, build_cache, models, rate_at
 from pydistill.recipes import bar as progress_bar
 from pydistill.recipes.answers import Answers, answer_logits, encode, prompts, sample
 from pydistill.reference.verify import cuts
+from pydistill.speculative.draft_models import in_dtype
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "acceptance")
 SOURCES = ("target", "text")
@@ -270,7 +271,7 @@ def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p
 
 def as_served(draft: Any, target: Any) -> Any:
     """A copy of the draft in the target's dtype."""
-    return copy.deepcopy(draft).to(target.dtype).eval()
+    return in_dtype(copy.deepcopy(draft), target.dtype).eval()
 
 
 @torch.no_grad()

@@ -132,3 +132,9 @@ def context_of(model: Any) -> int | None:
 
 def vocabulary_of(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
+
+
+def vocabulary_of_head(model: Any) -> Tensor | None:
+    """The tokens of a head that was reduced, int64 `[S]` in order; None: all of them."""
+    found = getattr(model, "draft_vocab", None)
+    return found if isinstance(found, Tensor) else None

@@ -154,12 +154,12 @@ class Decoder:
         batch, first = len(active), self.target.lengths[0] == 0
         room = [self._room(x) for x in active]
         slots = self.length.choose(batch, max(room), self._reading())
-        ids, q, counts = torch.empty(batch, 0, dtype=torch.int64), None, [0] * batch
+        proposal = drafts.Proposal(torch.empty(batch, 0, dtype=torch.int64), None, [0] * batch)
         if slots and self.draft is not None:
-            ids, q, counts = self.draft.propose(active, [min(slots, x) for x in room])
-        slots = ids.shape[1]
+            proposal = self.draft.propose(active, [min(slots, x) for x in room])
+        slots, counts = proposal.ids.shape[1], proposal.counts
         drafted = self._now()
-        result = self._verify(ids, q, counts)
+        result = self._verify(proposal)
         accepted = result.num_accepted.tolist()
         done = self._commit(result, accepted, counts)
         self._roll_back()
@@ -192,7 +192,8 @@ class Decoder:
         context = None if self.draft is None else self.draft.context
         return room if context is None else max(0, min(room, context - len(request.tokens)))
 
-    def _verify(self, ids: Tensor, q: Tensor | None, counts: list[int]) -> VerifyResult:
+    def _verify(self, proposal: drafts.Proposal) -> VerifyResult:
+        ids, q, counts, known = proposal
         active, slots, device = self.active, ids.shape[1], self.device
         pending = max(
             len(x.tokens) - have for x, have in zip(active, self.target.lengths, strict=True)
@@ -211,6 +212,7 @@ class Decoder:
             logits,
             q,
             ids.to(device),
+            draft_topk_ids=None if known is None else known.to(device),
             method=self.method,
             num_drafted=torch.tensor(counts, device=device),
             seed=torch.tensor([x.seed for x in active], device=device),
