@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from pydistill.recipes import UsageError
-from pydistill.speculative import load_draft, reduced, truncated
+from pydistill.speculative import feature, load_draft, reduced, truncated
 from pydistill.speculative.draft_models import in_dtype, kind_of_draft
 
 DEFAULT = "smollm2-135m-instruct"
@@ -215,17 +215,25 @@ def draft_of(
     dtype: torch.dtype,
     progress: bool = False,
     draft_vocab: int | torch.Tensor | None = None,
+    width: int | None = None,
 ) -> tuple[Any, Any]:
     """The draft model `name` for the target, and its tokenizer, None if that is the target's.
 
     `name` is `layers:6` for so many of the target's layers, evenly spaced, `layers:0,1,29` for
-    these, or what `load` takes, or a folder with a draft that was made here. `draft_vocab` reduces
-    its head, as `speculative.reduced` takes it.
+    these, `feature:1` for so many layers on its hidden states, what `load` takes, or a folder with
+    a draft that was made here. `draft_vocab` reduces its head, as `speculative.reduced` takes it;
+    `width` is that of `feature`.
     """
     try:
         if name.startswith("layers:"):
             return in_dtype(truncated(target, _layers(name), draft_vocab=draft_vocab), dtype), None
-        draft, tokenizer = _load_draft(name, dtype, progress)
+        if name.startswith("feature:"):
+            count = _layers(name)
+            if not isinstance(count, int):
+                raise UsageError(f"--draft {name} names layers; use feature:1 or feature:2.")
+            made = feature(target, count, width=width, draft_vocab=draft_vocab)
+            return in_dtype(made, dtype), None
+        draft, tokenizer = _load_draft(target, name, dtype, progress)
         return draft if draft_vocab is None else reduced(draft, draft_vocab), tokenizer
     except UsageError:
         raise
@@ -234,21 +242,23 @@ def draft_of(
 
 
 def _layers(name: str) -> int | list[int]:
-    chosen = name.removeprefix("layers:").split(",")
+    chosen = name.partition(":")[2].split(",")
     if not all(part.isascii() and part.isdecimal() for part in chosen):
-        raise UsageError(f"--draft {name} names no layers; use layers:6 or layers:0,1,29.")
+        raise UsageError(
+            f"--draft {name} names no layers; use layers:6, layers:0,1,29, or feature:1."
+        )
     layers = [int(part) for part in chosen]
     return layers if len(layers) > 1 else layers[0]
 
 
-def _load_draft(name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
+def _load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
     local = Path(name).expanduser()
     if kind_of_draft(local) is None:
         return load(name, dtype, progress)
     transformers = _transformers()
     try:
         with _no_progress_bars(transformers):
-            draft = load_draft(local, dtype)
+            draft = load_draft(local, dtype, target)
             tokenizer = transformers.AutoTokenizer.from_pretrained(local, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]

@@ -87,7 +87,7 @@ def reduced(draft: Any, draft_vocab: int | Sequence[int] | Tensor) -> Any:
 
     Returns:
         A model with the buffer `draft_vocab`, int64 `[S]` in order, whose logits are over these.
-        `save_pretrained` writes it and `load_draft` reads it.
+        `save_pretrained` writes it, and `load_draft` reads it.
     """
     new = copy.deepcopy(draft)
     _reduce(new, draft_vocab)
@@ -124,12 +124,23 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def load_draft(folder: Path | str, dtype: torch.dtype) -> Any:
-    """The draft with a reduced head that `save_pretrained` wrote to `folder`, in eval mode."""
+def load_draft(folder: Path | str, dtype: torch.dtype, target: Any = None) -> Any:
+    """The draft that `save_pretrained` wrote to `folder`, in eval mode; one on hidden states, and
+    no other, needs its target."""
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = Path(folder)
+    kind = kind_of_draft(folder)
+    if kind == "feature":
+        from pydistill.speculative.feature_draft import load_feature
+
+        if target is None:
+            raise ValueError(f"the draft in {folder} reads a target's states; pass target=.")
+        return load_feature(folder, target, dtype)
+    if kind is None:
+        whole: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return whole.eval()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     make: Any = AutoModelForCausalLM.from_config
     model = make(config, dtype=torch.float32)
@@ -142,12 +153,13 @@ def load_draft(folder: Path | str, dtype: torch.dtype) -> Any:
 
 
 def kind_of_draft(folder: Path) -> str | None:
-    """Which draft of this module a folder holds: "reduced", or None: any model of transformers."""
+    """Which draft that transformers cannot load a folder holds: "feature", "reduced"; else None."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    return "reduced" if "draft_vocab_size" in config else None
+    kind: str | None = config.get("pydistill_draft")
+    return kind or ("reduced" if "draft_vocab_size" in config else None)
 
 
 def chosen_tokens(draft_vocab: int | Sequence[int] | Tensor, model: Any) -> Tensor:

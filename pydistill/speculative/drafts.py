@@ -46,7 +46,10 @@ class Proposal(NamedTuple):
 class Draft(Protocol):
     context: int | None
 
-    def propose(self, requests: Sequence[Request], room: Sequence[int]) -> Proposal: ...
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
+        """`target` has cached all committed tokens but the last, or nothing yet."""
 
     def committed(self, lengths: Sequence[int]) -> None:
         """Of each request, how many tokens are committed before the last one."""
@@ -73,7 +76,14 @@ class ModelDraft:
         self.fed = 0  # tokens of the last call's first run: what it had to catch up
         self._right = [0] * batch  # tokens of the cache that are the committed ones
 
-    def propose(self, requests: Sequence[Request], room: Sequence[int]) -> Proposal:
+    @property
+    def catching_up(self) -> bool:
+        """In the last call: that there was more to read than after any block."""
+        return self.fed > 2
+
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
         slots, device = max(room), self.cached.model.device
         last = vocabulary_of(self.cached.model) - 1  # the target may know tokens beyond it
         behind = max(len(x.tokens) - right for x, right in zip(requests, self._right, strict=True))
@@ -87,7 +97,8 @@ class ModelDraft:
         empty = torch.empty(len(requests), 0, dtype=torch.int64, device=device)
         drawn, rows = [], []
         for slot in range(slots):
-            logits = self._shared(self.cached.extend(ids.to(device).clamp(max=last), counts, 1))
+            ids = ids.to(device).clamp(max=last)
+            logits = self._shared(self._extend(ids, counts, None if slot else target))
             logits = self._processed(requests, logits, texts)
             ids = verify(
                 logits, None, empty, seed=seeds, position=starts + slot, **self.warpers
@@ -116,6 +127,10 @@ class ModelDraft:
         vocabulary = None if greedy else self.head
         return Proposal(drafted, torch.cat(rows, 1) if rows else None, list(room), vocabulary)
 
+    def _extend(self, ids: Tensor, counts: Sequence[int], target: CachedModel | None) -> Tensor:
+        """The logits behind tokens that are committed, which the target knows, or drafted."""
+        return self.cached.extend(ids, counts, 1)
+
     def _processed(
         self, requests: Sequence[Request], logits: Tensor, texts: Sequence[Sequence[int]]
     ) -> Tensor:
@@ -142,6 +157,34 @@ class ModelDraft:
     def select(self, rows: Sequence[int]) -> None:
         self.cached.select(rows)
         self._right = [self._right[row] for row in rows]
+
+
+class FeatureModelDraft(ModelDraft):
+    """A `FeatureDraft`. Committed tokens are fed with the target's states, drafted ones with the
+    draft's own, so nothing that it cached of these stays; before the target has read the prompt
+    there is nothing to propose."""
+
+    @property
+    def catching_up(self) -> bool:
+        return self.fed > 9
+
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
+        if not any(target.lengths):
+            nothing = torch.empty(len(requests), 0, dtype=torch.int64)
+            return Proposal(nothing, None, [0] * len(requests))
+        found = super().propose(requests, room, target)
+        self._right = [len(x.tokens) for x in requests]
+        return found
+
+    def _extend(self, ids: Tensor, counts: Sequence[int], target: CachedModel | None) -> Tensor:
+        if target is not None:
+            self._features = target.states(ids.shape[1])
+        found = self.cached.run(ids, counts, 1, features=self._features)
+        self._features = found.states[:, -1:]
+        logits: Tensor = found.logits
+        return logits
 
 
 @dataclass
@@ -173,7 +216,9 @@ class NgramDraft:
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in range(batch)]
         self.known = [0] * batch  # n-grams that end before here are in `places`
 
-    def propose(self, requests: Sequence[Request], room: Sequence[int]) -> Proposal:
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
         found = [
             self._follow(row, request.tokens, most)
             for row, (request, most) in enumerate(zip(requests, room, strict=True))
