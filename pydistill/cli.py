@@ -407,7 +407,7 @@ def _draft(options: argparse.Namespace) -> int:
         setattr(options, name, values[0])
     try:
         run = _draft_compare if options.compare else _draft_one
-        result, text = run(options, *lists.values())
+        result, text = run(options, lists)
     except KeyboardInterrupt:
         print(f"\n{options.output} is not done; the same command goes on.", file=sys.stderr)
         raise
@@ -420,19 +420,20 @@ def _draft(options: argparse.Namespace) -> int:
     return 0
 
 
-def _draft_one(options: argparse.Namespace, *_: list[str]) -> tuple[Any, str]:
+def _draft_one(options: argparse.Namespace, _: dict[str, list[str]]) -> tuple[Any, str]:
     draft, _, result = _run("draft", options)
     return result, draft.table(result)
 
 
-def _draft_compare(options: argparse.Namespace, *lists: list[str]) -> tuple[Any, str]:
+def _draft_compare(options: argparse.Namespace, lists: dict[str, list[str]]) -> tuple[Any, str]:
     from pydistill.recipes import UsageError
 
     try:
         from pydistill.recipes import draft_compare
 
         base = _options("draft", options)[1]
-        result = draft_compare.run(base, *lists, progress=not options.json)
+        drafts, divergences, sources = lists.values()
+        result = draft_compare.run(base, drafts, divergences, sources, progress=not options.json)
     except UsageError as error:
         raise _Problem(str(error)) from error
     return result, draft_compare.table(result)

@@ -275,10 +275,11 @@ def evaluate(
     ids = torch.tensor([[0] * (longest - len(x)) + x for x in data.held_out_prompts])
     attended = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in
                              data.held_out_prompts])  # fmt: skip
+    no_pad: dict[str, Any] = {} if end_tokens(target) else {"pad_token_id": 0}
     stats = pydistill.generate(
         target, serving, ids, attention_mask=attended, do_sample=True, seed=options.seed,
         max_new_tokens=options.length, num_draft_tokens=options.num_draft_tokens,
-        **({} if end_tokens(target) else {"pad_token_id": 0}), **warpers,
+        **no_pad, **warpers,
     ).stats  # fmt: skip
     acceptance, same_choice = (totals / count).tolist()
     positions = [x for x in stats.acceptance_per_position if x == x]  # the last may be untried

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydistill.recipes import UsageError, draft, draft_files, models
+from pydistill.recipes import UsageError, draft_files, models
+from pydistill.recipes.draft import Options, Quality, check, train
 from pydistill.recipes.draft_training import Team
 
 # The share of steps on the draft's own samples, and the source of the others.
@@ -28,8 +29,8 @@ class Row:
     divergence: str
     source: str
     parameters: int  # of the draft's own
-    before: draft.Quality
-    after: draft.Quality
+    before: Quality
+    after: Quality
     tokens: int  # that taught
     distinct: int
     folder: str
@@ -47,7 +48,7 @@ class Result:
 
 
 def run(
-    base: draft.Options,
+    base: Options,
     drafts: Sequence[str],
     divergences: Sequence[str],
     sources: Sequence[str],
@@ -57,7 +58,7 @@ def run(
     there; UsageError for what cannot be met."""
     chosen = variants(base, drafts, divergences, sources)
     for _, options in chosen:
-        draft.check(options)
+        check(options)
     team = Team()
     if team.first:
         _begin(base, [name for name, _ in chosen])
@@ -71,7 +72,7 @@ def run(
         if done:
             rows.append(_row(json.loads(path.read_text("utf-8"))))
             continue
-        found = draft.train(options, target, tokenizer, progress)
+        found = train(options, target, tokenizer, progress)
         rows.append(
             Row(
                 options.draft, options.divergence, source_of(options), found.parameters[1],
@@ -89,8 +90,8 @@ def run(
 
 
 def variants(
-    base: draft.Options, drafts: Sequence[str], divergences: Sequence[str], sources: Sequence[str]
-) -> list[tuple[str, draft.Options]]:
+    base: Options, drafts: Sequence[str], divergences: Sequence[str], sources: Sequence[str]
+) -> list[tuple[str, Options]]:
     """The base, and what differs from it in one thing, each with a folder of its own."""
     for source in sources:
         if source not in SOURCES:
@@ -108,7 +109,7 @@ def variants(
     return named
 
 
-def _of(base: draft.Options, kind: str, divergence: str, source: str) -> draft.Options:
+def _of(base: Options, kind: str, divergence: str, source: str) -> Options:
     written, share = SOURCES[source]
     feature = kind.startswith("feature:")
     return replace(
@@ -118,12 +119,12 @@ def _of(base: draft.Options, kind: str, divergence: str, source: str) -> draft.O
     )  # fmt: skip
 
 
-def source_of(options: draft.Options) -> str:
+def source_of(options: Options) -> str:
     pair = (options.source, options.on_policy)
     return next(name for name, known in SOURCES.items() if known == pair)
 
 
-def _begin(base: draft.Options, names: list[str]) -> None:
+def _begin(base: Options, names: list[str]) -> None:
     """The folder, which is this comparison's: begun now, or before with the same options."""
     path = base.output / "comparison.json"
     wanted = json.loads(json.dumps({"options": draft_files.named(base), "rows": names}))
@@ -146,7 +147,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _row(found: dict[str, Any]) -> Row:
-    quality = {name: draft.Quality(**found.pop(name)) for name in ("before", "after")}
+    quality: dict[str, Any] = {x: Quality(**found.pop(x)) for x in ("before", "after")}
     return Row(**found, **quality)
 
 

@@ -212,11 +212,11 @@ class Training:
         options = self.options
         torch.manual_seed(mixed(options.seed, number))
         if options.signal == "verify":
-            value, count = self._verified(number)
+            total, rows = self._verified(number)
         else:
-            value, count = self._taught(number)
-        value, count = self.team.sum([value, float(count)])
-        value /= max(1.0, count)
+            total, rows = self._taught(number)
+        total, count = self.team.sum([total, float(rows)])
+        value = total / max(1.0, count)
         if not math.isfinite(value):
             raise UsageError(
                 f"the loss of step {number} is {value}: the target or the draft has weights that"
@@ -391,7 +391,7 @@ class Team:
     def __init__(self) -> None:
         self.size, self.rank = 1, 0
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState
+            from accelerate import PartialState  # type: ignore[import-untyped]
 
             state = PartialState(cpu=True)
             self.size, self.rank = state.num_processes, state.process_index
