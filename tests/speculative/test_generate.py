@@ -516,9 +516,9 @@ def test_truncated_takes_the_layers_it_is_told(target: Any) -> None:
 
 def test_prompt_lookup_copies_what_followed() -> None:
     def follow(text: list[int], most: int, kind: Ngram | None = None) -> list[int]:
-        held = NgramDraft(kind or Ngram(), 1)
+        held: Any = NgramDraft(kind or Ngram(), 1)
         for end in (len(text) // 2, len(text)):  # places are kept up as the text grows
-            found = held.propose([Request(0, text[:end], 1, 0, [])], [most])
+            found = held.propose([Request(0, text[:end], 1, 0, [])], [most], None)
         ids = found.ids[0].tolist()
         assert found.counts == [len(ids)]
         return ids
