@@ -222,7 +222,7 @@ def table(comparisons: list[Comparison], dtype: str) -> str:
         )
         wrong = x.wrong(dtype)
         for d in x.divergences:
-            verdict = "WRONG" if d in wrong else "a near-tie" if d.near_tie else "not judged"
+            verdict = "WRONG" if d in wrong else "not judged" if x.sampled else "a near-tie"
             lines.append(
                 f"  prompt {d.prompt}, token {d.token}: {d.found} for {d.expected},"
                 f" margin {d.margin:.3g}, rounding {d.rounding:.2g}, total variation"
