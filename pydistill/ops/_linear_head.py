@@ -28,8 +28,8 @@ from pydistill.reference.linear_head import Head
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A block of rows in forward: at most so many rows (enough to spread the packing of the weight over,
-# few enough for memory that the allocator keeps), in units of the CPU kernels' tiles, and at most so
-# many bytes of fp32 logits a side.
+# few enough for memory that the allocator keeps), in units of the CPU kernels' tiles, and at most
+# so many bytes of fp32 logits a side.
 BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 128, 32, 128 << 20
 # And so many where some gradients of logits are kept beside the weight's, to take a tenth of the
 # memory of all logits.
