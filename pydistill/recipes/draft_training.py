@@ -391,7 +391,7 @@ class Team:
     def __init__(self) -> None:
         self.size, self.rank = 1, 0
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            from accelerate import PartialState  # type: ignore[import-untyped]
+            from accelerate import PartialState
 
             state = PartialState(cpu=True)
             self.size, self.rank = state.num_processes, state.process_index
