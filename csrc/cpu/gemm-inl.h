@@ -35,7 +35,9 @@ constexpr int64_t kSumsBytes = 2 << 20;     // of a strip of tiles
 // Steps of the depth: a panel of b fits the first-level cache, unless it is lines of a matrix where
 // they lie, which are used once: then whole lines, as far as two panels fit the second-level one.
 template <class Tile>
-constexpr int64_t kDepthBlock = Tile::kTransposes ? 1024 : PD_TARGET >= PD_TARGET_AMX ? 288 : 256;
+constexpr int64_t kDepthBlock = Tile::kTransposes            ? 1024
+                                : PD_TARGET >= PD_TARGET_AMX ? 288
+                                                             : 256;
 
 // Panels in work. One of a, where each is used up before the next.
 template <class Tile>
