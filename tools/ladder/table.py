@@ -142,9 +142,9 @@ def markdown(table: Table) -> str:
         "row and the results, and sorting the 64, in torch, is not counted. `topk_logprobs row` is",
         "the way of a row of 16384 logits, which its program keeps in registers.",
         "The operators from hidden states launch these kernels on fp32 logits: `forward` on whole",
-        "rows, `backward` in place, on whole rows where these are one block, as here, else on tiles",
-        "of at most 2048 columns, `in_forward` both on whole rows. Their rows are what their driver",
-        "launches; its matrix products are not counted.",
+        "rows, `backward` in place, on whole rows where these are one block, as here, else on",
+        "tiles of at most 2048 columns, `in_forward` both on whole rows. Their rows are what their",
+        "driver launches; its matrix products are not counted.",
     ]
     if "versions" in table:
         named = (f"{name} {version}" for name, version in table["versions"].items())
