@@ -34,6 +34,7 @@ from pydistill.reference.verify import (
     BAD_PARENT,
     BAD_TARGET,
     IMPOSSIBLE,
+    TREES,
     Inputs,
     Outputs,
     Rule,
@@ -52,7 +53,11 @@ __all__ = [
     "verify",
     "verify_with_gradient",
 ]
-OP = _registry.operator("verify", {torch.float32, torch.bfloat16, torch.float16})
+OP = _registry.operator(
+    "verify",
+    {torch.float32, torch.bfloat16, torch.float16},
+    lacks={"triton": (*TREES, "verify_with_gradient")},
+)
 
 
 class VerifyResult(NamedTuple):
@@ -275,7 +280,7 @@ def verify_with_gradient(
         result.flags,
     )
     backend = _verify_call.backend_of(
-        OP.name, arguments.get("impl", "auto"), device.type, target.dtype
+        OP.name, arguments.get("impl", "auto"), device.type, target.dtype, "verify_with_gradient"
     )
     options = (divergence.KINDS[kind].id, 0.5 if beta is None else float(beta))
     if overwrite_logits:
