@@ -28,6 +28,7 @@ from pydistill.kernels.verify_rows import (
     DEPTH,
     LARGEST,
     NUMBERS,
+    PARTS,
     PER_THREAD,
     POINT,
     TOTAL,
@@ -264,7 +265,7 @@ def _compare(
                     q_cut, q_total = tl.load(own_q + CUT).to(tl.float32), tl.load(own_q + TOTAL)
                     q_largest, q_inverse = tl.load(own_q + LARGEST), inverse_of(own + WARPERS)
                     x = load(row, bias, at, vocab)
-                    y = draft_block(row_y, support, starts, block, vocab, BLOCK)
+                    y = draft_block(row_y, support, starts, block, vocab, BLOCK, 1)
                     p = tl.where(x >= cut, weights(x, largest.to(tl.float32), inverse), 0.0)
                     p *= (1.0 / total).to(tl.float32)
                     q = tl.where(y >= q_cut, weights(y, q_largest.to(tl.float32), q_inverse), 0.0)
@@ -315,7 +316,7 @@ def _decide(
     nan = float("nan")
     own = warpers + request * warper_step
     inverse, greedy = inverse_of(own), tl.load(own) == 0.0
-    pointed = greedy
+    pointed = True
     if draft is not None:
         pointed = greedy | (tl.load(own + WARPERS) == 0.0)
     strength = _exact_number(strength, strength_low)
@@ -411,20 +412,21 @@ def _residual_exactly(
 ):  # fmt: skip
     """scale / sum p, 1 / sum q and the residual of every block, in fp64: a small residual is a
     difference of nearly equal numbers, and rounding would choose its tokens."""
-    total = mass_exactly(row, bias, cut, largest, inverse, vocab, blocks, BLOCK)
+    total = mass_exactly(row, bias, cut, largest, inverse, vocab, BLOCK // PARTS)
     q_total = tl.full((), 0.0, tl.float64)
-    for block in range(blocks):
-        y = draft_block(draft, support, starts, block, vocab, BLOCK)
+    for part in range(blocks * PARTS):
+        y = draft_block(draft, support, starts, part, vocab, BLOCK, PARTS)
         q_total += tl.sum(tl.where(y >= q_cut, exactly(y, q_largest, q_inverse), 0.0), 0)
     by_p, by_q = scale / total, 1.0 / q_total
-    lane = tl.arange(0, BLOCKS)
+    lane, column = tl.arange(0, BLOCKS), tl.arange(0, BLOCK // PARTS)
     sums = tl.full((BLOCKS,), 0.0, tl.float64)
-    for block in range(blocks):
-        x = load(row, bias, block * BLOCK + tl.arange(0, BLOCK), vocab)
-        y = draft_block(draft, support, starts, block, vocab, BLOCK)
+    for part in range(blocks * PARTS):
+        x = load(row, bias, part * (BLOCK // PARTS) + column, vocab)
+        y = draft_block(draft, support, starts, part, vocab, BLOCK, PARTS)
         p = tl.where(x >= cut, exactly(x, largest, inverse), 0.0)
         q = tl.where(y >= q_cut, exactly(y, q_largest, q_inverse), 0.0)
-        sums = tl.where(lane == block, tl.sum(tl.maximum(p * by_p - q * by_q, 0.0), 0), sums)
+        rest = tl.sum(tl.maximum(p * by_p - q * by_q, 0.0), 0)
+        sums = tl.where(lane == part // PARTS, sums + rest, sums)
     return by_p, by_q, sums
 
 
@@ -497,7 +499,7 @@ def _sample(
         w = tl.where((x >= cut) & (at != tried), exactly(x, largest, inverse), 0.0) * by_p
         if draft is not None:
             if dense:
-                y = draft_block(draft, support, starts, block, vocab, BLOCK)
+                y = draft_block(draft, support, starts, block, vocab, BLOCK, 1)
                 q = tl.where(y >= q_cut, exactly(y, q_largest, q_inverse), 0.0)
                 w = tl.maximum(w - q * by_q, 0.0)
         first = tl.min(tl.where(tl.cumsum(w, 0) > bound, column, BLOCK), 0)

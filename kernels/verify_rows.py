@@ -25,7 +25,8 @@ WARPERS = tl.constexpr(4)  # temperature, top_k, top_p, log min_p; of the target
 LARGEST, CUT, TOTAL, POINT, DEPTH = map(tl.constexpr, range(5))
 NUMBERS = tl.constexpr(5)
 
-_DOUBT = tl.constexpr(5e-7)  # of a mass, in fp32
+DOUBT = tl.constexpr(5e-7)  # of a mass that is summed of fp32 weights
+PARTS = tl.constexpr(4)  # of a block, for passes in fp64
 
 
 @triton.jit
@@ -116,8 +117,8 @@ def _reduce_blocks(
 
 @triton.jit
 def _narrow(
-    row, bias, low, high, cut, largest, inverse, limit, doubt, vocab, blocks,
-    MASS: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
+    row, bias, low, high, cut, largest, inverse, limit, doubt, by_mass, vocab,
+    EXACT: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The bracket (low, high] of ordered keys narrowed to one key, or as far as fp32 decides.
 
@@ -132,19 +133,18 @@ def _narrow(
         c = high - tl.maximum(span // 4, 1)
         above_a = tl.full((), 0.0, tl.float64)
         above_b, above_c = above_a, above_a
-        lowest, highest = high.to(tl.int32), (low + 1).to(tl.int32)
-        for block in range(blocks):
-            x = load(row, bias, block * BLOCK + tl.arange(0, BLOCK), vocab)
+        first, final = (low + 1).to(tl.int32), high.to(tl.int32)
+        lowest, highest = final, first
+        for start in range(0, vocab, STEP):
+            x = load(row, bias, start + tl.arange(0, STEP), vocab)
             key = ordered_key(x)
-            inside = (key > low) & (key <= high)
-            lowest = tl.minimum(lowest, tl.min(tl.where(inside, key, high.to(tl.int32)), 0))
-            highest = tl.maximum(highest, tl.max(tl.where(inside, key, (low + 1).to(tl.int32)), 0))
+            inside = (key >= first) & (key <= final)
+            lowest = tl.minimum(lowest, tl.min(tl.where(inside, key, final), 0))
+            highest = tl.maximum(highest, tl.max(tl.where(inside, key, first), 0))
             if EXACT:
                 e = exactly(x, largest, inverse)
-            elif MASS:
-                e = weights(x, largest.to(tl.float32), inverse)
             else:
-                e = tl.full((BLOCK,), 1.0, tl.float32)
+                e = tl.where(by_mass, weights(x, largest.to(tl.float32), inverse), 1.0)
             e = tl.where(x >= cut, e, 0.0)
             above_a += tl.sum(tl.where(key > a, e, 0.0), 0).to(tl.float64)
             above_b += tl.sum(tl.where(key > b, e, 0.0), 0).to(tl.float64)
@@ -166,24 +166,51 @@ def _key(x):
 
 
 @triton.jit
-def mass_exactly(row, bias, cut, largest, inverse, vocab, blocks, BLOCK: tl.constexpr):
+def mass_exactly(row, bias, cut, largest, inverse, vocab, STEP: tl.constexpr):
     """The mass of what a row keeps, in fp64."""
     total = tl.full((), 0.0, tl.float64)
-    for block in range(blocks):
-        x = load(row, bias, block * BLOCK + tl.arange(0, BLOCK), vocab)
+    for start in range(0, vocab, STEP):
+        x = load(row, bias, start + tl.arange(0, STEP), vocab)
         total += tl.sum(tl.where(x >= cut, exactly(x, largest, inverse), 0.0), 0)
     return total
 
 
 @triton.jit
-def _mass(row, bias, cut, largest, inverse, vocab, blocks, BLOCK: tl.constexpr):
+def _mass(row, bias, cut, largest, inverse, vocab, STEP: tl.constexpr):
     """The same of fp32 weights."""
     total = tl.full((), 0.0, tl.float64)
-    for block in range(blocks):
-        x = load(row, bias, block * BLOCK + tl.arange(0, BLOCK), vocab)
+    for start in range(0, vocab, STEP):
+        x = load(row, bias, start + tl.arange(0, STEP), vocab)
         e = weights(x, largest.to(tl.float32), inverse)
         total += tl.sum(tl.where(x >= cut, e, 0.0), 0).to(tl.float64)
     return total
+
+
+@triton.jit
+def _search(
+    row, bias, own, peak, total, inverse, vocab, STEP: tl.constexpr, PART: tl.constexpr
+):  # fmt: skip
+    """The smallest logit that top-k and top-p keep, of a row of mass `total`."""
+    top_k, top_p = tl.load(own + 1), tl.load(own + 2)
+    largest, cut = peak.to(tl.float64), tl.full((), -INF, tl.float32)
+    for stage in range(2):
+        by_mass = stage == 1
+        if tl.where(by_mass, top_p < 1.0, (top_k > 0.0) & (top_k < vocab)):
+            if by_mass & (cut > -INF):
+                total = _mass(row, bias, cut, largest, inverse, vocab, STEP)
+            low, high = _narrow(
+                row, bias, _key(cut) - 1, _key(peak), cut, largest, inverse,
+                tl.where(by_mass, top_p * total, top_k), tl.where(by_mass, DOUBT * total, 0.0),
+                by_mass, vocab, False, STEP,
+            )  # fmt: skip
+            if high - low > 1:
+                exact = mass_exactly(row, bias, cut, largest, inverse, vocab, PART)
+                low, high = _narrow(
+                    row, bias, low, high, cut, largest, inverse, top_p * exact, exact * 0.0, True,
+                    vocab, True, PART,
+                )  # fmt: skip
+            cut = from_ordered_key(high.to(tl.int32))
+    return cut
 
 
 @triton.jit
@@ -202,8 +229,7 @@ def _finish_rows(
         if bias is not None:
             bias += request * bias_step
         own = warpers + request * warper_step + DRAFT * WARPERS
-        temperature, top_k, top_p = tl.load(own), tl.load(own + 1), tl.load(own + 2)
-        inverse = inverse_of(own)
+        temperature, inverse = tl.load(own), inverse_of(own)
         row_x = logits + request * request_stride + row * row_stride
         tops, masses = tops + index * blocks, masses + index * blocks
         if depths is not None:
@@ -225,29 +251,9 @@ def _finish_rows(
                 x = load(row_x, bias, at, vocab)
                 point = tl.min(tl.where(x == peak, at, vocab), 0)
             else:
-                if (top_k > 0.0) & (top_k < vocab):
-                    zero = tl.full((), 0.0, tl.float64)
-                    low, high = _narrow(
-                        row_x, bias, _key(cut) - 1, _key(peak), cut, largest, inverse, top_k, zero,
-                        vocab, blocks, False, False, BLOCK,
-                    )  # fmt: skip
-                    cut = from_ordered_key(high.to(tl.int32))
-                    if top_p < 1.0:
-                        total = _mass(row_x, bias, cut, largest, inverse, vocab, blocks, BLOCK)
-                if top_p < 1.0:
-                    low, high = _narrow(
-                        row_x, bias, _key(cut) - 1, _key(peak), cut, largest, inverse,
-                        top_p * total, _DOUBT * total, vocab, blocks, True, False, BLOCK,
-                    )  # fmt: skip
-                    if high - low > 1:
-                        exact = mass_exactly(
-                            row_x, bias, cut, largest, inverse, vocab, blocks, BLOCK
-                        )
-                        low, high = _narrow(
-                            row_x, bias, low, high, cut, largest, inverse, top_p * exact,
-                            exact * 0.0, vocab, blocks, True, True, BLOCK,
-                        )  # fmt: skip
-                    cut = from_ordered_key(high.to(tl.int32))
+                cut = _search(
+                    row_x, bias, own, peak, total, inverse, vocab, BLOCK, BLOCK // PARTS
+                )
                 bound = largest + temperature * tl.load(own + 3)
                 least = bound.to(tl.float32)  # of min_p, the smallest float at the bound or above
                 rounded = least.to(tl.float64) < bound
@@ -298,14 +304,18 @@ def log_probabilities(x, token, numbers, inverse, there):
 
 
 @triton.jit
-def draft_block(draft, support, starts, block, vocab, BLOCK: tl.constexpr):
-    """A block of a draft's row as fp32, -inf for the tokens that it does not name."""
-    at = block * BLOCK + tl.arange(0, BLOCK)
+def draft_block(
+    draft, support, starts, part, vocab, BLOCK: tl.constexpr, SHARES: tl.constexpr
+):  # fmt: skip
+    """One of SHARES parts of a block of a draft's row as fp32, -inf for what it does not name."""
+    SIZE: tl.constexpr = BLOCK // SHARES
+    at = part * SIZE + tl.arange(0, SIZE)
     if support is None:
         return load_fp32(draft + at, at < vocab)
     else:
-        y = tl.full((BLOCK,), -INF, tl.float32)
-        for i in range(tl.load(starts + block), tl.load(starts + block + 1)):
+        begin = starts + part // SHARES
+        y = tl.full((SIZE,), -INF, tl.float32)
+        for i in range(tl.load(begin), tl.load(begin + 1)):
             y = tl.where(at == tl.load(support + i), tl.load(draft + i).to(tl.float32), y)
         return y
 
