@@ -151,7 +151,7 @@ struct Compared {
 template <class S>
 __device__ Compared compare(const Slot& s, const Reader<S>& target, const Reader<S>& draft,
                             Extra extra, float a, float b, double* residual, double& rest) {
-  __shared__ double scratch[2 * kWarps];
+  __shared__ double scratch[2 * kWarps], parts[kWarps];
   const Pair pair(s);
   const float log_total = static_cast<float>(log(s.p.total));
   double sums[2] = {0.0, 0.0}, sum = 0.0;
@@ -186,7 +186,7 @@ __device__ Compared compare(const Slot& s, const Reader<S>& target, const Reader
     sum += left;
   });
   block_reduce_each<kBlock>(sums, Sum{}, scratch);
-  rest = sum_by_warp(sum, residual);
+  rest = sum_by_warp(sum, parts, residual);
   return {sums[0], sums[1]};
 }
 
@@ -195,21 +195,34 @@ enum Source : int { kAll, kWithoutTried, kLeft, kLeftExactly };
 
 template <class S>
 struct Weights {
-  const Slot& slot;
   const Reader<S>& target;
   const Reader<S>& draft;
   Source source;
+  Pair pair;
+  PairExactly exactly;
+  double rest;
+  const int64_t* tried;
+  int tried_count;
+
+  __device__ Weights(const Slot& s, const Reader<S>& target, const Reader<S>& draft, Source source)
+      : target(target),
+        draft(draft),
+        source(source),
+        pair(s),
+        exactly(s),
+        rest(s.rest),
+        tried(s.tried),
+        tried_count(source == kWithoutTried ? s.tried_count : 0) {}
 
   // Of one tile.
   __device__ void load(int start, float (&w)[kTile]) const {
     float x[kTile];
     target.load(start, x);
     if (source <= kWithoutTried) {
-      const WeightAt weight(slot.p);
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) w[i] = weight(x[i]);
-      for (int j = 0; source == kWithoutTried && j < slot.tried_count; ++j) {
-        const int64_t at = slot.tried[j] - start;
+      for (int i = 0; i < kTile; ++i) w[i] = pair.weight_p(x[i]);
+      for (int j = 0; j < tried_count; ++j) {
+        const int64_t at = tried[j] - start;
 #pragma unroll
         for (int i = 0; i < kTile; ++i)
           if (i == at) w[i] = 0.0f;
@@ -218,19 +231,14 @@ struct Weights {
     }
     float y[kTile];
     draft.load(start, y);
-    if (source == kLeft) {
-      const Pair pair(slot);
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) w[i] = pair.left(pair.p(x[i]), pair.q(y[i]));
-    } else {
-      const PairExactly pair(slot);
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) w[i] = static_cast<float>(pair.left(x[i], y[i]) / slot.rest);
-    }
+    for (int i = 0; i < kTile; ++i)
+      w[i] = source == kLeft ? pair.left(pair.p(x[i]), pair.q(y[i]))
+                             : static_cast<float>(exactly.left(x[i], y[i]) / rest);
   }
 
   // Of tiles [first, last), by run.
-  __device__ double sum(int first, int last, double* parts) const {
+  __device__ double sum(int first, int last, double (&parts)[kWarps]) const {
     double sum = 0.0;
     sweep(first, last, [&](int start) {
       float w[kTile], add = 0.0f;
@@ -347,14 +355,13 @@ class Request {
 
   // The rows of a place that are asked for, the target's first; stops at one without a softmax.
   __device__ void read(int64_t row, bool target_too, bool draft_too) {
-    __shared__ double unused[kWarps];
     Slot& s = slots_[row];
 #pragma unroll 1
     for (int side = target_too ? 0 : 1; side < (draft_too ? 2 : 1); ++side) {
       Warped w{1.0, 0.0, 0.0f, -INFINITY, -1, 0};
       if (side == 0 || map_draft(row)) {
         const Reader<S> reader = side == 0 ? target(row) : draft(row);
-        w = warp_row(reader, warpers_ + side * kWarpers, side == 0 ? s.masses : unused);
+        w = warp_row(reader, warpers_ + side * kWarpers, side == 0 ? s.masses : nullptr);
       }
       alone([&] {
         if (side == 1) {
@@ -362,7 +369,7 @@ class Request {
           return;
         }
         s.p = w;
-        s.q.point = -1, s.q.sound = 0;
+        s.q = {1.0, 1.0, 0.0f, -INFINITY, -1, 0};
         s.scale = 1.0;
         s.px = s.qx = s.overlap = s.rest = s.bias = 0.0;
         s.tried = nullptr, s.tried_count = 0, s.exact = 0;
@@ -388,7 +395,7 @@ class Request {
   // A small residual is a difference of nearly equal numbers, and rounding would choose its tokens:
   // once more in fp64, with `residual` as shares of `rest`. Returns what q has beside `tokens`.
   __device__ double refine(int64_t row, const int64_t* tokens = nullptr, int count = 0) {
-    __shared__ double scratch[2 * kWarps];
+    __shared__ double scratch[2 * kWarps], parts[kWarps];
     Slot& s = slots_[row];
     const Reader<S> p = target(row), q = draft(row);
     const int tiles = tiles_of(vocab_);
@@ -424,7 +431,7 @@ class Request {
       }
     });
     block_reduce_each<kBlock>(untried, Sum{}, scratch);
-    const double rest = sum_by_warp(sum, s.residual);
+    const double rest = sum_by_warp(sum, parts, s.residual);
     alone([&] {
       s.rest = rest, s.exact = 1;
       for (int i = 0; i < kWarps; ++i) s.residual[i] /= rest;
@@ -445,7 +452,7 @@ class Request {
     const int tiles = tiles_of(vocab_), run = run_of(tiles);
     const int part = static_cast<int>(token / kTile) / run;
     const Reader<S> p = target(row);
-    const Weights<S> weights{s, p, p, kWithoutTried};
+    const Weights<S> weights(s, p, p, kWithoutTried);
     const double mass = weights.sum(part * run, min((part + 1) * run, tiles), parts);
     alone([&] {
       s.residual[part] = mass;
@@ -481,7 +488,7 @@ class Request {
       const Source source =
           !left ? kAll : (s.q.point >= 0 ? kWithoutTried : (s.exact ? kLeftExactly : kLeft));
       const Reader<S> p = target(row), q = draft(row);
-      const Weights<S> weights{s, p, q, source};
+      const Weights<S> weights(s, p, q, source);
       token =
           draw(weights, left ? s.residual : s.masses, coin(seed_, position_, row, kResampleStream));
     }

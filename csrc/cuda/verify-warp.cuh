@@ -44,12 +44,16 @@ __device__ __forceinline__ void sweep(int first, int last, F f) {
   for (int tile = begin + lane(); tile < end; tile += kWarp) f(tile * kTile);
 }
 
-// The sum of every thread's number, and in `parts` that of each warp. All threads must call, and
-// all get the sum.
-__device__ __forceinline__ double sum_by_warp(double mine, double* parts) {
+// The sum of every thread's number, and in `parts`, which lies in shared memory, that of each warp;
+// `kept` is a copy of it, or null. All threads must call, and all get the sum.
+__device__ __forceinline__ double sum_by_warp(double mine, double (&parts)[kWarps],
+                                              double* kept = nullptr) {
   mine = warp_reduce(mine, Sum{});
   __syncthreads();
-  if (lane() == 0) parts[warp()] = mine;
+  if (lane() == 0) {
+    parts[warp()] = mine;
+    if (kept) kept[warp()] = mine;
+  }
   __syncthreads();
   double sum = 0.0;
 #pragma unroll
@@ -192,6 +196,7 @@ __device__ int find_maximum(const Reader<S>& reader, float max, const float* by_
 template <class S>
 __device__ Warped read_row(const Reader<S>& reader, double temperature, double* masses) {
   __shared__ float by_warp[kWarps];
+  __shared__ double parts[kWarps];
   const bool greedy = temperature == 0.0;
   Warped w{greedy ? 1.0 : 1.0 / temperature, 0.0, 0.0f, -INFINITY, -1, 0};
   const WeightAt weight(w);
@@ -220,8 +225,8 @@ __device__ Warped read_row(const Reader<S>& reader, double temperature, double* 
 #pragma unroll
   for (int i = 1; i < kWarps; ++i) w.max = fmaxf(w.max, by_warp[i]);
   // A thread whose maximum weighs 0 in fp32 has no other weight either.
-  w.total = sum_by_warp(z * weight.below(max - w.max), masses);
-  w.sound = w.total > 0.0 && w.max < INFINITY;  // NaN and +inf made the sum NaN
+  w.total = sum_by_warp(z * weight.below(max - w.max), parts, masses);
+  w.sound = w.total > 0.0;  // NaN and +inf made the sum NaN
   if (w.sound && greedy) w.point = find_maximum(reader, w.max, by_warp);
   return w;
 }
@@ -229,6 +234,7 @@ __device__ Warped read_row(const Reader<S>& reader, double temperature, double* 
 // The masses once the cut is known.
 template <class S>
 __device__ double sum_kept(const Reader<S>& reader, const Warped& w, double* masses) {
+  __shared__ double parts[kWarps];
   const WeightAt weight(w);
   double sum = 0.0;
   sweep(0, tiles_of(reader.vocab), [&](int start) {
@@ -239,7 +245,7 @@ __device__ double sum_kept(const Reader<S>& reader, const Warped& w, double* mas
     for (int i = 0; i < kTile; ++i) add += weight(x[i]);
     sum += add;
   });
-  return sum_by_warp(sum, masses);
+  return sum_by_warp(sum, parts, masses);
 }
 
 // Floats in their order as integers, and back.
@@ -421,7 +427,7 @@ __device__ float find_cut(const Reader<S>& reader, const Warped& w, bool by_mass
   return float_at(high);
 }
 
-// Everything about a row, from its warpers; `masses` are those of its runs.
+// Everything about a row, from its warpers; `masses`, if not null, gets those of its runs.
 template <class S>
 __device__ Warped warp_row(const Reader<S>& reader, const double* warpers, double* masses) {
   Warped w = read_row(reader, warpers[kTemperature], masses);

@@ -98,8 +98,8 @@ def simulated(sim: CudaSim, order: str = "forward") -> Iterator[list[Call]]:
         _library.impl("verify_fwd", lambda *args: _active[-1].verify_fwd(*args), "CPU")
     resolve = _registry.resolve
 
-    def resolve_cuda(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
-        return impl if impl == "cuda" else resolve(name, impl, device, dtype)
+    def resolve_cuda(name: str, impl: str, *where: Any) -> str:
+        return impl if impl == "cuda" else resolve(name, impl, *where)
 
     simulator = Simulator(sim, order)
     _active.append(simulator)
