@@ -123,14 +123,15 @@ struct Pair {
   }
 };
 
+// The same in fp64.
 struct PairExactly {
-  WeightExactly p, q;
   double by_p, by_q;
 
   __device__ explicit PairExactly(const Slot& s)
-      : p(s.p), q(s.q), by_p(s.scale / s.p.total), by_q(1.0 / s.q.total) {}
-  __device__ __forceinline__ double left(float x, float y) const {
-    return fmax(__dmul_rn(p(x), by_p) - __dmul_rn(q(y), by_q), 0.0);
+      : by_p(s.scale / s.p.total), by_q(1.0 / s.q.total) {}
+  __device__ double q(const Slot& s, float y) const { return __dmul_rn(s.q.weight(y), by_q); }
+  __device__ double left(const Slot& s, float x, float y) const {
+    return fmax(__dmul_rn(s.p.weight(x), by_p) - q(s, y), 0.0);
   }
 };
 
@@ -195,58 +196,33 @@ enum Source : int { kAll, kWithoutTried, kLeft, kLeftExactly };
 
 template <class S>
 struct Weights {
+  const Slot& slot;
   const Reader<S>& target;
   const Reader<S>& draft;
   Source source;
   Pair pair;
   PairExactly exactly;
-  double rest;
-  const int64_t* tried;
-  int tried_count;
 
-  __device__ Weights(const Slot& s, const Reader<S>& target, const Reader<S>& draft, Source source)
-      : target(target),
-        draft(draft),
-        source(source),
-        pair(s),
-        exactly(s),
-        rest(s.rest),
-        tried(s.tried),
-        tried_count(source == kWithoutTried ? s.tried_count : 0) {}
+  __device__ Weights(const Slot& slot, const Reader<S>& target, const Reader<S>& draft,
+                     Source source)
+      : slot(slot), target(target), draft(draft), source(source), pair(slot), exactly(slot) {}
 
-  // Of one tile.
-  __device__ void load(int start, float (&w)[kTile]) const {
-    float x[kTile];
-    target.load(start, x);
+  __device__ float at(int id) const {
+    const float x = target.at(id);
     if (source <= kWithoutTried) {
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) w[i] = pair.weight_p(x[i]);
-      for (int j = 0; j < tried_count; ++j) {
-        const int64_t at = tried[j] - start;
-#pragma unroll
-        for (int i = 0; i < kTile; ++i)
-          if (i == at) w[i] = 0.0f;
-      }
-      return;
+      for (int j = 0; source == kWithoutTried && j < slot.tried_count; ++j)
+        if (slot.tried[j] == id) return 0.0f;
+      return pair.weight_p(x);
     }
-    float y[kTile];
-    draft.load(start, y);
-#pragma unroll
-    for (int i = 0; i < kTile; ++i)
-      w[i] = source == kLeft ? pair.left(pair.p(x[i]), pair.q(y[i]))
-                             : static_cast<float>(exactly.left(x[i], y[i]) / rest);
+    const float y = draft.at(id);
+    if (source == kLeft) return pair.left(pair.p(x), pair.q(y));
+    return static_cast<float>(exactly.left(slot, x, y) / slot.rest);
   }
 
   // Of tiles [first, last), by run.
   __device__ double sum(int first, int last, double (&parts)[kWarps]) const {
     double sum = 0.0;
-    sweep(first, last, [&](int start) {
-      float w[kTile], add = 0.0f;
-      load(start, w);
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) add += w[i];
-      sum += add;
-    });
+    sweep_ids(first, last, target.vocab, [&](int id) { sum += at(id); });
     return sum_by_warp(sum, parts);
   }
 };
@@ -277,15 +253,14 @@ __device__ int64_t draw(const Weights<S>& weights, const double* parts, double c
     weights.sum(first, last, inner);
     parts = inner;
   }
-  float w[kTile];
-  weights.load(first * kTile, w);
-  int at = 0;
-#pragma unroll
-  for (int i = 0; i < kTile; ++i) {
-    if (!(w[i] > 0.0f) || sum > bound) continue;
-    sum += w[i], at = i;
+  const int begin = first * kTile, end = min(begin + kTile, weights.target.vocab);
+  int at = begin;
+  for (int id = begin; id < end && sum <= bound; ++id) {
+    const float w = weights.at(id);
+    if (!(w > 0.0f)) continue;
+    sum += w, at = id;
   }
-  return static_cast<int64_t>(first) * kTile + at;
+  return at;
 }
 
 // What a request of either kind, chain or tree, is made of.
@@ -400,35 +375,22 @@ class Request {
     const Reader<S> p = target(row), q = draft(row);
     const int tiles = tiles_of(vocab_);
     if (!s.exact) {
-      const WeightExactly weight_p(s.p), weight_q(s.q);
       double sums[2] = {0.0, 0.0};
-      sweep(0, tiles, [&](int start) {
-        float x[kTile], y[kTile];
-        p.load(start, x);
-        q.load(start, y);
-#pragma unroll
-        for (int i = 0; i < kTile; ++i) {
-          sums[0] += weight_p(x[i]);
-          sums[1] += weight_q(y[i]);
-        }
+      sweep_ids(0, tiles, vocab_, [&](int id) {
+        sums[0] += s.p.weight(p.at(id));
+        sums[1] += s.q.weight(q.at(id));
       });
       block_reduce_each<kBlock>(sums, Sum{}, scratch);
       alone([&] { s.p.total = sums[0], s.q.total = sums[1]; });
     }
     const PairExactly pair(s);
     double untried[1] = {0.0}, sum = 0.0;
-    sweep(0, tiles, [&](int start) {
-      float x[kTile], y[kTile];
-      p.load(start, x);
-      q.load(start, y);
-      unsigned tried = 0;
-      for (int j = 0; j < count; ++j)
-        if (is_inside(tokens[j] - start, int64_t{kTile})) tried |= 1u << (tokens[j] - start);
-#pragma unroll
-      for (int i = 0; i < kTile; ++i) {
-        sum += pair.left(x[i], y[i]);
-        if (count > 0 && !(tried >> i & 1u)) untried[0] += pair.q(y[i]);
-      }
+    sweep_ids(0, tiles, vocab_, [&](int id) {
+      const float y = q.at(id);
+      sum += pair.left(s, p.at(id), y);
+      bool tried = count == 0;
+      for (int j = 0; j < count; ++j) tried = tried || tokens[j] == id;
+      if (!tried) untried[0] += pair.q(s, y);
     });
     block_reduce_each<kBlock>(untried, Sum{}, scratch);
     const double rest = sum_by_warp(sum, parts, s.residual);
@@ -436,7 +398,7 @@ class Request {
       s.rest = rest, s.exact = 1;
       for (int i = 0; i < kWarps; ++i) s.residual[i] /= rest;
     });
-    return untried[0] / s.q.total;
+    return untried[0];
   }
 
   // Of a point mass: one more token is tried. What is left is p without all that were; `rest` is

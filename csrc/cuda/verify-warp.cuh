@@ -44,6 +44,16 @@ __device__ __forceinline__ void sweep(int first, int last, F f) {
   for (int tile = begin + lane(); tile < end; tile += kWarp) f(tile * kTile);
 }
 
+// The same by single ids, of rows of so many: for what is rare, or reads little.
+template <class F>
+__device__ __forceinline__ void sweep_ids(int first, int last, int vocab, F f) {
+  sweep(first, last, [&](int start) {
+    const int end = min(start + kTile, vocab);
+#pragma unroll 1
+    for (int id = start; id < end; ++id) f(id);
+  });
+}
+
 // The sum of every thread's number, and in `parts`, which lies in shared memory, that of each warp;
 // `kept` is a copy of it, or null. All threads must call, and all get the sum.
 __device__ __forceinline__ double sum_by_warp(double mine, double (&parts)[kWarps],
@@ -156,18 +166,6 @@ struct WeightAt {
   }
 };
 
-// The same in fp64.
-struct WeightExactly {
-  double scale, max;
-  float cut;
-
-  __device__ explicit WeightExactly(const Warped& w) : scale(w.scale), max(w.max), cut(w.cut) {}
-  __device__ __forceinline__ double operator()(float x) const {
-    const double e = exp(scale * (static_cast<double>(x) - max));
-    return x < cut ? 0.0 : e;
-  }
-};
-
 // The lowest id whose logit is the maximum. Only the run of the first warp that saw it is read.
 template <class S>
 __device__ int find_maximum(const Reader<S>& reader, float max, const float* by_warp) {
@@ -176,12 +174,8 @@ __device__ int find_maximum(const Reader<S>& reader, float max, const float* by_
   int first = 0;
   while (by_warp[first] != max) ++first;
   int found = INT32_MAX;
-  sweep(first * run, min((first + 1) * run, tiles), [&](int start) {
-    float x[kTile];
-    reader.load(start, x);
-#pragma unroll
-    for (int i = kTile - 1; i >= 0; --i)
-      if (x[i] == max) found = min(found, start + i);
+  sweep_ids(first * run, min((first + 1) * run, tiles), reader.vocab, [&](int id) {
+    if (reader.at(id) == max) found = min(found, id);
   });
   found = __reduce_min_sync(kFullMask, found);
   __syncthreads();
@@ -264,36 +258,50 @@ struct Above {
   double mass[kPivots], tokens[kPivots], total;
 };
 
-template <class Real, class Weight, class S>
-__device__ Above pass_pivots(const Reader<S>& reader, const Weight& weight,
+template <class S>
+__device__ Above pass_pivots(const Reader<S>& reader, const Warped& w, bool exactly,
                              const float (&pivots)[kPivots]) {
   constexpr int kSums = 2 * kPivots + 1;
   __shared__ double scratch[kSums * kWarps];
   double sums[kSums] = {};
-  sweep(0, tiles_of(reader.vocab), [&](int start) {
-    float x[kTile];
-    reader.load(start, x);
-    Real e[kTile], all = 0;
+  const int tiles = tiles_of(reader.vocab);
+  if (exactly) {
+    sweep_ids(0, tiles, reader.vocab, [&](int id) {
+      const float x = reader.at(id);
+      const double e = w.weight(x);
+      sums[2 * kPivots] += e;
 #pragma unroll
-    for (int i = 0; i < kTile; ++i) {
-      e[i] = weight(x[i]);
-      all += e[i];
-    }
-    sums[2 * kPivots] += all;
-#pragma unroll
-    for (int j = 0; j < kPivots; ++j) {
-      Real mass = 0;
-      int tokens = 0;
+      for (int j = 0; j < kPivots; ++j) {
+        sums[j] += x > pivots[j] ? e : 0.0;
+        sums[kPivots + j] += x > pivots[j];
+      }
+    });
+  } else {
+    const WeightAt weight(w);
+    sweep(0, tiles, [&](int start) {
+      float x[kTile], e[kTile], all = 0.0f;
+      reader.load(start, x);
 #pragma unroll
       for (int i = 0; i < kTile; ++i) {
-        const bool above = x[i] > pivots[j];
-        mass += above ? e[i] : Real(0);
-        tokens += above;
+        e[i] = weight(x[i]);
+        all += e[i];
       }
-      sums[j] += mass;
-      sums[kPivots + j] += tokens;
-    }
-  });
+      sums[2 * kPivots] += all;
+#pragma unroll
+      for (int j = 0; j < kPivots; ++j) {
+        float mass = 0.0f;
+        int tokens = 0;
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) {
+          const bool above = x[i] > pivots[j];
+          mass += above ? e[i] : 0.0f;
+          tokens += above;
+        }
+        sums[j] += mass;
+        sums[kPivots + j] += tokens;
+      }
+    });
+  }
   block_reduce_each<kBlock>(sums, Sum{}, scratch);
   Above found;
 #pragma unroll
@@ -397,8 +405,7 @@ __device__ float find_cut(const Reader<S>& reader, const Warped& w, bool by_mass
       pivots[j] = float_at(orders[j]);
     }
     first = false;
-    const Above found = exactly ? pass_pivots<double>(reader, WeightExactly(w), pivots)
-                                : pass_pivots<float>(reader, WeightAt(w), pivots);
+    const Above found = pass_pivots(reader, w, exactly, pivots);
     if (exactly) bound = {share * found.total, 0.0};
     if (again) {
       above_high = found.mass[0];

@@ -37,15 +37,14 @@ class Chain : Request<S> {
       open = is_usable(slot);
       if (!open) continue;
       const Slot& s = slots_[slot];
+      if (whole) this->alone([&] { slots_[slot].scale = ratio; });
+      const double odds = weigh(slot);
       if (whole) {
-        this->alone([&] { slots_[slot].scale = ratio; });
-        weigh(slot);
         const bool sure = s.rest == 0.0 && ratio == 1.0;
         const double den = sure ? 1.0 : s.rest + (1.0 - ratio);
         if (slot > 0 && this->flip(slot - 1, sure ? 1.0 : s.rest, den)) accepted = slot;
         ratio = fmin(1.0, ratio * s.px / s.qx);
       } else {
-        const double odds = weigh(slot);
         open = this->flip(slot, odds, call_.method == kTypical ? 1.0 : s.qx);
         accepted += open;
       }
@@ -84,25 +83,41 @@ class Chain : Request<S> {
     return fault == 0;
   }
 
-  // The comparison of a slot's rows; returns what its coin is tested against.
+  // The comparison of a slot's rows; returns what its coin is tested against. Of `typical` that is
+  // 1 where the drafted token is likely enough, else 0; its bias is 1/2 sum |q 1_S - q(S) p|.
   __device__ double weigh(int64_t slot) {
     Slot& s = slots_[slot];
-    if (call_.method == kTypical) return weigh_typical(slot);
-    double extra = 0.0;
+    const bool typical = call_.method == kTypical;
+    double bound = 0.0, extra = 0.0;
+    if (typical) {
+      const double nats = s.p.point < 0 ? entropy(slot) : 0.0;
+      bound = fmin(call_.strength, call_.alpha * exp(-nats));
+    }
+    const bool kept = s.px > bound;
     if (this->pointed_) {
       this->alone([&] { s.overlap = s.px, s.rest = s.scale * (1.0 - s.px); });
     } else {
-      Extra kind = kNoExtra;
-      double a = call_.strength;
-      if (call_.lenience == kLinear || call_.lenience == kSquare)
-        kind = kByFactor, a = fmin(factor(), 1e38);
-      if (call_.lenience == kExponential) kind = kByPower;
-      extra = this->Base::weigh(slot, kind, a);
+#pragma unroll 1
+      for (int pass = 0; pass < (typical ? 2 : 1); ++pass) {
+        Extra kind = pass == 0 ? kLikely : kUnlike;
+        double a = bound;
+        if (!typical) {
+          const bool scaled = call_.lenience == kLinear || call_.lenience == kSquare;
+          kind = scaled ? kByFactor : (call_.lenience == kExponential ? kByPower : kNoExtra);
+          a = scaled ? fmin(factor(), 1e38) : call_.strength;
+        }
+        extra = this->Base::weigh(slot, kind, a, extra);
+      }
     }
-    const double odds = this->odds(s);
-    double bias = this->pointed_ ? fmin(1.0, odds) - s.px : extra;
-    if (call_.lenience == kStrict) bias = 0.0;
-    if (call_.lenience >= kEnsemble) bias = (1.0 - weight(s.rest)) * s.rest;
+    double odds = kept ? 1.0 : 0.0, bias = extra;
+    if (typical) {
+      if (this->pointed_) bias = kept ? 1.0 - s.px : 0.0;
+    } else {
+      odds = this->odds(s);
+      if (this->pointed_) bias = fmin(1.0, odds) - s.px;
+      if (call_.lenience == kStrict) bias = 0.0;
+      if (call_.lenience >= kEnsemble) bias = (1.0 - weight(s.rest)) * s.rest;
+    }
     this->alone([&] { s.bias = bias; });
     return odds;
   }
@@ -134,27 +149,7 @@ class Chain : Request<S> {
     }
   }
 
-  // 1 where the drafted token is likely enough, else 0; the bias is 1/2 sum |q 1_S - q(S) p|.
-  __device__ double weigh_typical(int64_t slot) {
-    Slot& s = slots_[slot];
-    const double bound =
-        fmin(call_.strength, call_.alpha * exp(-(s.p.point < 0 ? entropy(slot) : 0.0)));
-    const bool kept = s.px > bound;
-    double bias = kept ? 1.0 - s.px : 0.0;
-    if (this->pointed_) {
-      this->alone([&] { s.overlap = s.px, s.rest = 1.0 - s.px; });
-    } else {
-      double drafted = 0.0;
-#pragma unroll 1
-      for (int pass = 0; pass < 2; ++pass) {
-        const double sum = this->Base::weigh(slot, pass == 0 ? kLikely : kUnlike, bound, drafted);
-        (pass == 0 ? drafted : bias) = sum;
-      }
-    }
-    this->alone([&] { s.bias = bias; });
-    return kept ? 1.0 : 0.0;
-  }
-
+  // In nats.
   __device__ double entropy(int64_t slot) {
     __shared__ double scratch[kWarps];
     const Slot& s = slots_[slot];
