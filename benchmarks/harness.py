@@ -77,6 +77,7 @@ class Contestant:
 class Claim:
     """`subject` takes `at_most` times as long as `against`, or is `at_least` times faster.
 
+    `beyond` seconds of the subject's time do not count: what a call costs before it does anything.
     `of="memory"`: it takes `at_most` times the extra memory, returned gradients aside, which
     `--memory` measures. `of="rate"`: it moves the case's bytes (or computes its flops) at
     `at_least` so many G a second, against nothing.
@@ -87,6 +88,7 @@ class Claim:
     at_most: float | None = None
     at_least: float | None = None
     of: str = "time"
+    beyond: float = 0.0
 
     def __post_init__(self) -> None:
         if self.of not in MEASURES:
@@ -108,7 +110,10 @@ class Claim:
                 f"{self.subject} takes at most {self.at_most:g}x the extra memory of {self.against}"
             )
         if self.at_most is not None:
-            return f"{self.subject} takes at most {self.at_most:g}x the time of {self.against}"
+            more = f"{self.beyond * 1e6:g} us and " if self.beyond else ""
+            return (
+                f"{self.subject} takes at most {more}{self.at_most:g}x the time of {self.against}"
+            )
         return f"{self.subject} is at least {self.at_least:g}x faster than {self.against}"
 
 
@@ -224,12 +229,13 @@ class Result:
         """Why the run does not count; empty if it does."""
         return roof.void_reasons(self.before, self.after, self.quiet)
 
-    def ratio(self, name: str, against: str) -> Ratio | None:
+    def ratio(self, name: str, against: str, beyond: float = 0.0) -> Ratio | None:
         """None if either is absent or failed its gate: there is then nothing to report."""
         a, b = self.timing(name), self.timing(against)
         if a.absent or b.absent or a.refused or b.refused:
             return None
-        return Ratio(a.minimum / b.minimum, a.median / b.median)
+        over = (max(0.0, x - beyond) for x in (a.minimum, a.median))
+        return Ratio(*(x / y for x, y in zip(over, (b.minimum, b.median), strict=True)))
 
     def rate(self, name: str) -> float:
         """The case's bytes or flops over the minimum time, in the unit of the case's roof."""
@@ -248,7 +254,7 @@ class Result:
     def verdict(self, claim: Claim) -> str:
         """Of a time or a rate: `held`, `missed`, `void`, or `refused` (a gate failed, or a
         contestant is absent)."""
-        ratio = self.ratio(claim.subject, claim.against or claim.subject)
+        ratio = self.ratio(claim.subject, claim.against or claim.subject, claim.beyond)
         if ratio is None:
             return "refused"
         if self.void():

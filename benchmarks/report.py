@@ -109,7 +109,7 @@ def _speed_up(result: Result, name: str, other: str) -> str:
 
 
 def _claim(result: Result, claim: Claim) -> str:
-    ratio = result.ratio(claim.subject, claim.against or claim.subject)
+    ratio = result.ratio(claim.subject, claim.against or claim.subject, claim.beyond)
     seen = ""
     if ratio and claim.of == "rate":
         unit = roof.UNITS[result.roof]

@@ -288,7 +288,7 @@ def _unavailable(
             return f"{op.name} has no {backend} kernel yet; choose another impl."
         return "the CUDA library is not built; build with PYDISTILL_BUILD_CUDA=1."
     if part in op.lacks.get(backend, ()):
-        return f"{op.name} has no {backend} kernel for {part!r}; choose another impl."
+        return f"{op.name} has no {backend} kernel for {part!r}; pass impl='reference'."
     return None
 
 

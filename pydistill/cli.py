@@ -11,6 +11,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -141,25 +142,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     draft.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
     draft.add_argument(
-        "--draft", default="layers:6", help="layers:N, layers:I,J,... of it, or a model (layers:6)"
+        "--draft", nargs="+", default=["layers:6"],
+        help="layers:N, layers:I,J,... of it, feature:N on its states, or a model (layers:6)",
+    )  # fmt: skip
+    draft.add_argument("--width", type=_positive, help="of a feature draft (the target's)")
+    draft.add_argument(
+        "--draft-vocab", metavar="N|FILE", help="the draft's head: N frequent tokens, or ids (all)"
     )
-    draft.add_argument("--divergence", default="forward_kl", help="(forward_kl)")
-    draft.add_argument("--source", default="target", help="target or text (target)")
+    draft.add_argument("--divergence", nargs="+", default=["forward_kl"], help="(forward_kl)")
+    draft.add_argument("--unroll", type=_positive, default=1, help="steps of a feature draft (1)")
+    draft.add_argument("--source", nargs="+", default=["target"], help="target or text (target)")
     draft.add_argument("--on-policy", type=float, default=0.0, help="share of steps (0)")
+    draft.add_argument("--signal", default="teacher", help="teacher or verify (teacher)")
+    draft.add_argument("--teacher-cache", type=Path, metavar="FOLDER", help="its texts and rows")
     draft.add_argument("--text", type=Path, metavar="FILE", help="a document a line, or .jsonl")
     draft.add_argument("--prompts", type=Path, metavar="FILE", help="one a line (the demo's)")
+    draft.add_argument("--own-prompts", type=int, default=0, help="more, by the target (0)")
     draft.add_argument("--temperature", type=float, default=1.0, help="of serving (1)")
     draft.add_argument("--top-k", type=int, default=0, help="0 is off (0)")
     draft.add_argument("--top-p", type=float, default=1.0, help="(1)")
     draft.add_argument("--min-p", type=float, default=0.0, help="(0)")
     draft.add_argument("--steps", type=_positive, default=200, help="(200)")
-    draft.add_argument("--batch", type=_positive, default=8, help="answers a step (8)")
-    draft.add_argument("--answers", type=_positive, default=2, help="of the target, a prompt (2)")
+    draft.add_argument("--batch", type=_positive, default=16, help="answers a step (16)")
+    draft.add_argument("--answers", type=_positive, default=4, help="of the target, a prompt (4)")
     draft.add_argument("--length", type=_positive, default=64, help="tokens of an answer (64)")
+    draft.add_argument("--row", type=_positive, default=256, help="tokens that are packed (256)")
+    draft.add_argument("--sample-batch", type=_positive, default=64, help="answers at once (64)")
     draft.add_argument("--learning-rate", type=float, default=1e-3, help="(0.001)")
+    draft.add_argument("--schedule", default="linear", help="linear, cosine, constant (linear)")
+    draft.add_argument("--warmup", type=float, default=0.1, help="share of the steps (0.1)")
+    draft.add_argument("--weight-decay", type=float, default=0.01, help="(0.01)")
+    draft.add_argument(
+        "--train-embeddings", action="store_true", help="also those that are no head"
+    )
+    draft.add_argument("--data", type=Path, metavar="FOLDER", help="of the target's answers")
     draft.add_argument("--num-draft-tokens", type=_positive, default=4, help="when judged (4)")
     draft.add_argument("--checkpoint-every", type=_positive, default=50, help="steps (50)")
     draft.add_argument("--seed", type=int, default=0, help="(0)")
+    draft.add_argument(
+        "--compare", action="store_true", help="one training for each draft, divergence, source"
+    )
     text = "Teacher caches: top-k log-probabilities, recorded once for many students."
     cache = commands.add_parser("cache", help=text, description=text)
     parts = cache.add_subparsers(dest="part", required=True, metavar="COMMAND")
@@ -334,16 +356,20 @@ def _run(name: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from pydistill.recipes import UsageError
 
     try:
-        from pydistill.recipes import models
-
-        recipe = importlib.import_module(f"pydistill.recipes.{name}")
-        asked = vars(options) | {"model": options.model or models.DEFAULT}
-        chosen = recipe.Options(
-            **{x.name: asked[x.name] for x in fields(recipe.Options) if x.name in asked}
-        )
+        recipe, chosen = _options(name, options)
         return recipe, chosen, recipe.run(chosen, progress=not options.json)
     except UsageError as error:
         raise _Problem(str(error)) from error
+
+
+def _options(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
+    from pydistill.recipes import models
+
+    recipe = importlib.import_module(f"pydistill.recipes.{name}")
+    asked = vars(options) | {"model": options.model or models.DEFAULT}
+    return recipe, recipe.Options(
+        **{x.name: asked[x.name] for x in fields(recipe.Options) if x.name in asked}
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -374,16 +400,43 @@ def _certify(options: argparse.Namespace) -> int:
 
 
 def _draft(options: argparse.Namespace) -> int:
+    lists = {name: getattr(options, name) for name in ("draft", "divergence", "source")}
+    for name, values in lists.items():
+        if len(values) > 1 and not options.compare:
+            raise _Problem(f"--{name} has {len(values)} values; pass one, or add --compare.")
+        setattr(options, name, values[0])
     try:
-        draft, _, result = _run("draft", options)
+        run = _draft_compare if options.compare else _draft_one
+        result, text = run(options, lists)
     except KeyboardInterrupt:
         print(f"\n{options.output} is not done; the same command goes on.", file=sys.stderr)
         raise
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     if options.json:
         _print_json(result.to_json())
     else:
-        print(draft.table(result))
+        print(text)
     return 0
+
+
+def _draft_one(options: argparse.Namespace, _: dict[str, list[str]]) -> tuple[Any, str]:
+    draft, _, result = _run("draft", options)
+    return result, draft.table(result)
+
+
+def _draft_compare(options: argparse.Namespace, lists: dict[str, list[str]]) -> tuple[Any, str]:
+    from pydistill.recipes import UsageError
+
+    try:
+        from pydistill.recipes import draft_compare
+
+        base = _options("draft", options)[1]
+        drafts, divergences, sources = lists.values()
+        result = draft_compare.run(base, drafts, divergences, sources, progress=not options.json)
+    except UsageError as error:
+        raise _Problem(str(error)) from error
+    return result, draft_compare.table(result)
 
 
 def _cache_build(options: argparse.Namespace) -> int:

@@ -18,6 +18,12 @@ import torch
 from pydistill import _native
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=2, help="how often tests/test_draft.py kills a training (2)"
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers take whole files in this order (`--no-loadscope-reorder`): the ladder's first, whose
     tests are few and long, then those of the most tests, so that the end is left to short ones."""

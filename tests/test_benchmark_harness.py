@@ -438,6 +438,19 @@ def test_every_operator_has_a_benchmark(op: str) -> None:
             assert ours and {claim.subject for claim in case.claims} <= ours
 
 
+def test_a_claim_leaves_out_what_a_call_costs() -> None:
+    world = World()
+    result = world.measure(a_case(world))  # 0.5 and 0.75 s, the floor 0.25 and 0.375
+    for beyond, verdict in ((0.24, "missed"), (0.28, "held"), (0.9, "held")):
+        claim = Claim("ours", "floor", at_most=1.3, beyond=beyond)
+        assert result.verdict(claim) == verdict
+    result.claims = [Claim("ours", "floor", at_most=1.3, beyond=0.25)]
+    assert result.verdict(result.claims[0]) == "missed"  # of medians
+    text = report.markdown([Result.from_json(json.loads(json.dumps(result.to_json())))])
+    line = "takes at most 250000 us and 1.3x the time of floor: 1.00 of minima, 1.33 of medians"
+    assert f"- **missed**: ours {line}" in text
+
+
 def test_a_claim_on_a_rate() -> None:
     world = World()
     result = world.measure(a_case(world))  # 6 GB in 0.5 s at best, 0.75 s in the median

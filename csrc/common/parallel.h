@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
@@ -10,13 +11,33 @@
 
 namespace pd {
 
+constexpr int64_t ceil_to(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Calls body(begin, end) over [0, n) in whole units. Where they are many, threads take some at a
+// time as they are ready for them, so that one which is held up does not hold up the others.
+template <class Body>
+void parallel_pieces(int64_t n, int64_t grain, int64_t unit, const Body& body) {
+  constexpr int64_t kPieces = 8, kFew = 4;  // of a thread
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t piece = ceil_to(ceil_to(n, kPieces * threads) / (kPieces * threads), unit);
+  if (threads == 1 || piece < grain || n < kFew * threads * piece) {
+    return torch::stable::parallel_for(0, n, grain, body);
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, n, grain, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < n;) {
+      body(begin, begin + piece < n ? begin + piece : n);
+    }
+  });
+}
+
 // Calls body(begin, end) over [0, rows). A row is the unit, so results do not depend on the number
 // of threads; small calls stay on one thread.
 template <class Body>
 void parallel_rows(int64_t rows, int64_t columns, const Body& body) {
   constexpr int64_t kElementsWorthAThread = 1 << 15;
   const int64_t grain = columns > kElementsWorthAThread ? 1 : kElementsWorthAThread / columns + 1;
-  torch::stable::parallel_for(0, rows, grain, body);
+  parallel_pieces(rows, grain, 1, body);
 }
 
 // Cache-line aligned memory, freed with the thread or the object that has it.

@@ -23,15 +23,19 @@
 namespace pd::PD_NAMESPACE {
 namespace {
 
-// Steps of the depth: a panel of b fits the first-level cache.
 #if PD_TARGET >= PD_TARGET_AMX
-constexpr int64_t kDepthBlock = 288, kColumnsInWork = 192;
+constexpr int64_t kColumnsInWork = 192;
 #else
-constexpr int64_t kDepthBlock = 256, kColumnsInWork = 96;
+constexpr int64_t kColumnsInWork = 96;
 #endif
 constexpr int64_t kRowsInWork = 192;  // of a, in the second-level cache beside those columns of b
 constexpr int64_t kPackedBytes = 16 << 20;  // of the shared operand: the third-level cache
 constexpr int64_t kSumsBytes = 2 << 20;     // of a strip of tiles
+
+// Steps of the depth: a panel of b fits the first-level cache, unless it is lines of a matrix where
+// they lie, which are used once: then whole lines, as far as two panels fit the second-level one.
+template <class Tile>
+constexpr int64_t kDepthBlock = Tile::kTransposes ? 1024 : PD_TARGET >= PD_TARGET_AMX ? 288 : 256;
 
 // Panels in work. One of a, where each is used up before the next.
 template <class Tile>
@@ -106,9 +110,9 @@ inline GemmPlan PlanTiles(const GemmArgs& g, GemmPlan p) {
   p.shared_panels = p.split_b ? a_panels : b_panels;
   const int64_t width = p.split_b ? Tile::kRows : Tile::kColumns;
   const int64_t split_width = p.split_b ? Tile::kColumns : Tile::kRows;
-  const int64_t blocks = p.steps > kDepthBlock ? Ceil(p.steps, kDepthBlock) : 1;
+  const int64_t blocks = p.steps > kDepthBlock<Tile> ? Ceil(p.steps, kDepthBlock<Tile>) : 1;
   p.depth_block = Ceil(Ceil(p.steps, blocks), 16) * 16;
-  const int64_t strip = p.split_b ? kStripB<Tile> : kStripA<Tile>;
+  const int64_t strip = p.split_unit = p.split_b ? kStripB<Tile> : kStripA<Tile>;
   const int64_t by_packed = kPackedBytes / (width * p.steps * 4 + 1);
   const int64_t by_sums = kSumsBytes / (strip * kSize * 4);
   const int64_t least = p.split_b ? kStripA<Tile> : kStripB<Tile>;
@@ -128,13 +132,15 @@ inline GemmPlan PlanGemm(const GemmArgs& g) {
   GemmPlan p{};
   p.split_b = g.b.lines >= g.a.lines;
   p.pairs = Pairs(g);
-  if (DotsServe(g, p.split_b)) return PlanDots(g, p);
 #if PD_TARGET >= PD_TARGET_AMX
   // A panel of b whose lines lie along memory is transposed, for as many tiles as a has panels; as
-  // panels of a they are copied, and every tile of the result is transposed, after all its depth.
+  // panels of a they are taken as they lie, and every tile of the result is transposed, after all
+  // its depth.
   p.exchanged = p.pairs && g.b.depth_stride == 1 && 2 * g.a.lines < g.a.depth;
-  p.split_b = p.split_b && !p.exchanged;
 #endif
+  const bool in_place = p.exchanged && g.b.dtype == DType::kBf16;
+  if (DotsServe(g, p.split_b, in_place)) return PlanDots(g, p);
+  p.split_b = p.split_b && !p.exchanged;
   return WithTile(g, p, [&]<class Tile>(Tile, const GemmArgs& h) { return PlanTiles<Tile>(h, p); });
 }
 

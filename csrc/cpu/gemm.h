@@ -40,6 +40,7 @@ struct GemmPlan {
   int64_t steps;                    // of the depth, whole ones of the micro-kernel
   int64_t depth_block;              // in steps; for dots in numbers
   int64_t pack_grain, split_grain;  // panels that are worth a thread
+  int64_t split_unit;               // split panels that are in work together
   int64_t packed_bytes;             // for all threads
   int64_t scratch_bytes;            // for each
 };

@@ -120,13 +120,10 @@ struct AmxTile {
   static LeftPanel Left(const float* packed) {
     return {reinterpret_cast<const char*>(packed), kLanes * 4, kRows * kLanes * 4};
   }
-  // Whether lines before `line` are whole panels over `steps` steps from `k` on as they lie, which
-  // all fit the first-level cache: parts of lines that are powers of two apart would share few of
-  // its places.
+  // Whether lines before `line` are whole panels over `steps` steps from `k` on as they lie.
   static bool InPlace(const Lines& x, int64_t line, int64_t k, int64_t steps) {
     const bool whole = line <= x.lines && 2 * (k + steps) <= x.depth;
-    const bool fit = 2 * steps == x.line_stride || x.line_stride % 1024 != 0;
-    return kExchanged && x.dtype == DType::kBf16 && whole && fit;  // lines lie along memory
+    return kExchanged && x.dtype == DType::kBf16 && whole;  // lines lie along memory
   }
   static LeftPanel LeftInPlace(const Lines& x, int64_t line, int64_t step) {
     return {static_cast<const char*>(x.data) + 2 * (line * x.line_stride + 2 * step),

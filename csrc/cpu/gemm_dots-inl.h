@@ -17,16 +17,17 @@
 namespace pd::PD_NAMESPACE {
 namespace {
 
-constexpr int64_t kFewLines = 32;
+constexpr int64_t kFewLines = 32, kFewBesideTiles = 4;  // AMX multiplies 16 lines as fast as one
 constexpr int64_t kDotsStep = 2 * kLanes;
 constexpr int64_t kDotsStrip = 48;         // lines whose sums are kept between blocks of the depth
 constexpr int64_t kDotsPacked = 40 << 10;  // bytes of a block of the few lines
 constexpr int64_t kDotsAhead = 8 << 10;    // bytes a prefetch is ahead
 
 // Whether the side that is not split is few lines, and the lines of the other one lie along memory.
-PD_INLINE bool DotsServe(const GemmArgs& g, bool split_b) {
+// `tiles` multiply these too, where they lie.
+PD_INLINE bool DotsServe(const GemmArgs& g, bool split_b, bool tiles) {
   const Lines &few = split_b ? g.a : g.b, &many = split_b ? g.b : g.a;
-  return few.lines <= kFewLines && many.depth_stride == 1;
+  return few.lines <= (tiles ? kFewBesideTiles : kFewLines) && many.depth_stride == 1;
 }
 
 // The plan for operands of which `p` knows who is split; fp32 lines are not rounded where they lie.
@@ -39,6 +40,7 @@ inline GemmPlan PlanDots(const GemmArgs& g, GemmPlan p) {
   p.depth_block = kDotsPacked / (p.pairs ? 2 : 4) / few.lines / kDotsStep * kDotsStep;
   p.pack_grain = Ceil(kElementsWorthAThread, few.depth + 1);
   p.split_grain = Ceil(kProductsWorthAThread, (few.lines + 8) * few.depth + 1);
+  p.split_unit = 1;
   p.packed_bytes = 4 * few.lines * Ceil(few.depth, kDotsStep) * kDotsStep;
   p.scratch_bytes = 4 * few.lines * kDotsStrip;
   return p;

@@ -321,22 +321,26 @@ inline void WriteTile(const float* tile, int64_t stride, const Corner& to) {
   for (int64_t i = 0; i < to.rows; ++i, tile += stride) {
     if (to.dtype == DType::kF32) {
       float* p = reinterpret_cast<float*>(to.data) + i * to.stride;
-      for (int64_t j = 0; j < to.columns; ++j) p[j] = to.accumulate ? p[j] + tile[j] : tile[j];
+      int64_t j = 0;
+      for (; j + kLanes <= to.columns; j += kLanes) {
+        const V v = Load(tile + j);
+        Store(to.accumulate ? Load(p + j) + v : v, p + j);
+      }
+      for (; j < to.columns; ++j) p[j] = to.accumulate ? p[j] + tile[j] : tile[j];
       continue;
     }
+    const auto write = [&](V v, uint16_t* p) PD_INLINE_LAMBDA {
+      to.dtype == DType::kBf16 ? StoreBf16(v, p) : StoreF16(v, p);
+    };
     uint16_t* p = reinterpret_cast<uint16_t*>(to.data) + i * to.stride;
-    for (int64_t j = 0; j < to.columns; j += kLanes) {
-      float wide[kLanes] = {};
-      uint16_t narrow[kLanes];
-      const int64_t n = Least(kLanes, to.columns - j);
-      std::memcpy(wide, tile + j, static_cast<size_t>(n) * sizeof(float));
-      if (to.dtype == DType::kBf16) {
-        StoreBf16(Load(wide), narrow);
-      } else {
-        StoreF16(Load(wide), narrow);
-      }
-      std::memcpy(p + j, narrow, static_cast<size_t>(n) * sizeof(uint16_t));
-    }
+    int64_t j = 0;
+    for (; j + kLanes <= to.columns; j += kLanes) write(Load(tile + j), p + j);
+    if (j == to.columns) continue;
+    float wide[kLanes] = {};
+    uint16_t narrow[kLanes];
+    for (int64_t l = 0; j + l < to.columns; ++l) wide[l] = tile[j + l];
+    write(Load(wide), narrow);
+    for (int64_t l = 0; j + l < to.columns; ++l) p[j + l] = narrow[l];
   }
 }
 

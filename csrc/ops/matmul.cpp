@@ -77,12 +77,12 @@ void matmul_out(Tensor a, Tensor b, bool accumulate, bool narrow, Tensor out) {
     torch::stable::parallel_for(0, count, plan.pack_grain, [&](int64_t begin, int64_t end) {
       matmul_pack_table[capability](g, plan, first, count, begin, end, packed.data());
     });
-    torch::stable::parallel_for(
-        0, plan.split_panels, plan.split_grain, [&](int64_t begin, int64_t end) {
-          const Scratch scratch(plan.scratch_bytes);
-          matmul_multiply_table[capability](g, plan, first, count, begin, end, packed.data(),
-                                            scratch.data());
-        });
+    parallel_pieces(plan.split_panels, plan.split_grain, plan.split_unit,
+                    [&](int64_t begin, int64_t end) {
+                      const Scratch scratch(plan.scratch_bytes);
+                      matmul_multiply_table[capability](g, plan, first, count, begin, end,
+                                                        packed.data(), scratch.data());
+                    });
   }
 }
 

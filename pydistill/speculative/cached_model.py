@@ -23,9 +23,13 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 
 
 class CachedModel:
-    """`lengths` are the tokens that each row of the cache holds."""
+    """`lengths` are the tokens that each row of the cache holds.
 
-    def __init__(self, model: Any, batch: int) -> None:
+    With `keep_states` the last hidden states of these tokens are kept like keys and rolled back
+    with them, `[B, columns, H]`.
+    """
+
+    def __init__(self, model: Any, batch: int, keep_states: bool = False) -> None:
         from transformers.cache_utils import Cache
 
         from pydistill.speculative.growing_cache import GrowingLayer
@@ -33,6 +37,7 @@ class CachedModel:
         self.model = model
         # Sliding layers keep everything, too: their mask is made from the columns' distances.
         self.cache: Any = Cache(layer_class_to_replicate=GrowingLayer)
+        self._states: Any = GrowingLayer() if keep_states else None
         self.lengths = [0] * batch
         self.context = context_of(model)
         accepted = inspect.signature(model.forward).parameters
@@ -43,6 +48,11 @@ class CachedModel:
     def extend(self, ids: Tensor, counts: Sequence[int], rows: int) -> Tensor:
         """Runs the model on tokens `ids [B, T]`, of which row i's are the last `counts[i]`, and
         caches them; the logits `[B, rows, V]` of the last ones."""
+        logits: Tensor = self.run(ids, counts, rows).logits[:, -rows:]
+        return logits
+
+    def run(self, ids: Tensor, counts: Sequence[int], rows: int, **more: Any) -> Any:
+        """As `extend`, all that the model returns; `more` is passed to it."""
         lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
         behind, width = max(self.lengths), max(self.lengths) + ids.shape[1]
         keywords: dict[str, Any] = {}
@@ -59,12 +69,33 @@ class CachedModel:
         if self._keep:
             keywords["logits_to_keep"] = rows
         keywords[self._cache or ""] = self.cache
-        found = self.model(input_ids=ids, use_cache=True, **keywords)
+        found = self._call(input_ids=ids, use_cache=True, **keywords, **more)
         self.lengths = lengths
         if behind + ids.shape[1] > max(lengths):  # columns of padding alone
             self.rollback(lengths)
-        logits: Tensor = found.logits[:, -rows:]
-        return logits
+        return found
+
+    def _call(self, **keywords: Any) -> Any:
+        if self._states is None:
+            return self.model(**keywords)
+        seen = []
+        hook = self.model.base_model.register_forward_hook(
+            lambda module, given, output: seen.append(output.last_hidden_state[:, None])
+        )
+        try:
+            found = self.model(**keywords)
+        finally:
+            hook.remove()
+        self._states.update(seen[0], seen[0][..., :0])
+        return found
+
+    def states(self, count: int) -> Tensor:
+        """`[B, count, H]`: of the last `count` tokens of each row, 0 before its first one."""
+        columns: Tensor = self._states.keys[:, 0, -count:]
+        columns = torch.nn.functional.pad(columns, (0, 0, count - columns.shape[1], 0))
+        lengths = torch.tensor(self.lengths, device=columns.device)
+        there = torch.arange(count, 0, -1, device=columns.device) <= lengths[:, None]
+        return torch.where(there[..., None], columns, 0)
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Keeps the first `lengths[i]` tokens of row i."""
@@ -77,14 +108,19 @@ class CachedModel:
         ]
         self.lengths = list(lengths)
         if moves:
-            for layer in self.cache.layers:
+            for layer in [*self.cache.layers, *([] if self._states is None else [self._states])]:
                 layer.realign(moves, new)
         elif width != new:
             self.cache.crop(new - width)
+            if self._states is not None:
+                self._states.crop(new - width)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows of the batch."""
-        self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
+        index = torch.tensor(rows, device=self.model.device)
+        self.cache.batch_select_indices(index)
+        if self._states is not None:
+            self._states.batch_select_indices(index)
         kept = [self.lengths[row] for row in rows]
         self.lengths = kept
         self.rollback(kept)
@@ -132,3 +168,17 @@ def context_of(model: Any) -> int | None:
 
 def vocabulary_of(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
+
+
+def vocabulary_of_head(model: Any) -> Tensor | None:
+    """The tokens of a head that was reduced, int64 `[S]` in order; None: all of them."""
+    found = getattr(model, "draft_vocab", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def attention_mask(model: Any, seen: Tensor) -> Tensor:
+    """Which positions attend to which, bool `[B, 1, T, S]`, as the model's attention takes it."""
+    if model.config._attn_implementation == "sdpa":
+        return seen
+    dtype = model.dtype
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)

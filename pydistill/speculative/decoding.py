@@ -25,7 +25,15 @@ from pydistill.ops.verify import VerifyResult, verify
 from pydistill.speculative import drafts, settings
 from pydistill.speculative.cached_model import CachedModel, check_model, context_of, vocabulary_of
 from pydistill.speculative.draft_length import DraftLength, costs_of
-from pydistill.speculative.drafts import Draft, ModelDraft, Ngram, NgramDraft, Request
+from pydistill.speculative.drafts import (
+    Draft,
+    FeatureModelDraft,
+    ModelDraft,
+    Ngram,
+    NgramDraft,
+    Request,
+)
+from pydistill.speculative.feature_draft import FeatureDraft
 from pydistill.speculative.results import GenerateResult, GenerateStats
 from pydistill.speculative.settings import Processor, Settings
 
@@ -54,8 +62,9 @@ def generate(
 
     Args:
         target: a causal model of transformers, in eval mode, of full or sliding attention.
-        draft: another one with the same vocabulary, such as `speculative.truncated(target, 4)`;
-            "ngram" or an `Ngram` for prompt lookup; or None.
+        draft: another one with the same vocabulary, such as `speculative.truncated(target, 4)`,
+            its head reduced or not; a `speculative.feature(target)`; "ngram" or an `Ngram` for
+            prompt lookup; or None.
         input_ids: int64 or int32 `[B, P]`, padded on any side.
         attention_mask: `[B, P]`, 0 at padding, as if it were not there; None: where
             pad_token_id stands, unless that is an end token, too.
@@ -131,7 +140,8 @@ class Decoder:
         length: DraftLength,
         streamer: Any = None,
     ) -> None:
-        self.target, self.draft = CachedModel(target, len(requests)), draft
+        states = isinstance(draft, FeatureModelDraft)
+        self.target, self.draft = CachedModel(target, len(requests), states), draft
         self.requests, self.active = requests, list(requests)
         self.settings, self.method, self.length = chosen, method, length
         self.streamer, self.device = streamer, target.device
@@ -154,18 +164,18 @@ class Decoder:
         batch, first = len(active), self.target.lengths[0] == 0
         room = [self._room(x) for x in active]
         slots = self.length.choose(batch, max(room), self._reading())
-        ids, q, counts = torch.empty(batch, 0, dtype=torch.int64), None, [0] * batch
+        proposal = drafts.Proposal(torch.empty(batch, 0, dtype=torch.int64), None, [0] * batch)
         if slots and self.draft is not None:
-            ids, q, counts = self.draft.propose(active, [min(slots, x) for x in room])
-        slots = ids.shape[1]
+            proposal = self.draft.propose(active, [min(slots, x) for x in room], self.target)
+        slots, counts = proposal.ids.shape[1], proposal.counts
         drafted = self._now()
-        result = self._verify(ids, q, counts)
+        result = self._verify(proposal)
         accepted = result.num_accepted.tolist()
         done = self._commit(result, accepted, counts)
         self._roll_back()
         ended = self._now()
 
-        catching_up = isinstance(self.draft, ModelDraft) and self.draft.fed > 2
+        catching_up = isinstance(self.draft, ModelDraft) and self.draft.catching_up
         emitted = sum(len(x) for x in done) / batch
         usual = (not catching_up, not first)
         self.length.record(batch, slots, drafted - start, ended - drafted, emitted, usual)
@@ -192,7 +202,8 @@ class Decoder:
         context = None if self.draft is None else self.draft.context
         return room if context is None else max(0, min(room, context - len(request.tokens)))
 
-    def _verify(self, ids: Tensor, q: Tensor | None, counts: list[int]) -> VerifyResult:
+    def _verify(self, proposal: drafts.Proposal) -> VerifyResult:
+        ids, q, counts, known = proposal
         active, slots, device = self.active, ids.shape[1], self.device
         pending = max(
             len(x.tokens) - have for x, have in zip(active, self.target.lengths, strict=True)
@@ -211,6 +222,7 @@ class Decoder:
             logits,
             q,
             ids.to(device),
+            draft_topk_ids=None if known is None else known.to(device),
             method=self.method,
             num_drafted=torch.tensor(counts, device=device),
             seed=torch.tensor([x.seed for x in active], device=device),
@@ -372,6 +384,14 @@ def _draft(
             " with the target's tokenizer. If they share one and only pad their heads differently,"
             " pass tokenizer= and draft_tokenizer=, which are then compared."
         )
+    if isinstance(draft, FeatureDraft):
+        size = target.get_output_embeddings().in_features
+        if draft.features != size:
+            raise ValueError(
+                f"the draft reads hidden states of {draft.features} numbers, the target has {size};"
+                " pass the target that it was made for."
+            )
+        return FeatureModelDraft(draft, len(prompts), chosen.warpers, ours)
     return ModelDraft(draft, len(prompts), chosen.warpers, ours)
 
 

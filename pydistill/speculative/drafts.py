@@ -7,8 +7,6 @@ rows that verification will read, with coins of their own: no row is ever warped
 
 from __future__ import annotations
 
-import copy
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,10 +16,9 @@ import torch
 from torch import Tensor
 
 from pydistill.ops.verify import verify
-from pydistill.speculative.cached_model import CachedModel, vocabulary_of
+from pydistill.speculative.cached_model import CachedModel, vocabulary_of, vocabulary_of_head
 from pydistill.speculative.settings import Processor
 
-_LAYER = re.compile(r"(?<=\.layers\.)\d+(?=\.)")
 _KEY = 0x5851F42D4C957F2D  # parts a draft's coins from those that verify draws with the same seed
 _SLOTS = 1 << 20  # more than a block ever has
 
@@ -41,14 +38,18 @@ class Request:
 
 class Proposal(NamedTuple):
     ids: Tensor  # int64 [B, K], on the CPU; -1 where nothing was proposed
-    logits: Tensor | None  # [B, K, V]; None: the tokens are point masses
+    logits: Tensor | None  # [B, K, V], or [B, K, S]; None: the tokens are point masses
     counts: list[int]  # proposed tokens of each request
+    vocabulary: Tensor | None = None  # int64 [S]: the tokens of the logits, where these are not all
 
 
 class Draft(Protocol):
     context: int | None
 
-    def propose(self, requests: Sequence[Request], room: Sequence[int]) -> Proposal: ...
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
+        """`target` has cached all committed tokens but the last, or nothing yet."""
 
     def committed(self, lengths: Sequence[int]) -> None:
         """Of each request, how many tokens are committed before the last one."""
@@ -57,7 +58,7 @@ class Draft(Protocol):
 
 
 class ModelDraft:
-    """A causal model with the vocabulary of the target.
+    """A causal model with the vocabulary of the target, or with a head over a part of it.
 
     Every call feeds the last P committed tokens of every request, P being what the request that
     lags most has not fed yet: one, or two after a block that was accepted to its end. A request
@@ -68,10 +69,21 @@ class ModelDraft:
         self.cached = CachedModel(model, batch)
         self.context = self.cached.context
         self.warpers, self.vocabulary = warpers, vocabulary
+        self.head = vocabulary_of_head(model)
+        if self.head is not None:
+            self.known = self.head < vocabulary
+            self.head = self.head[self.known]
         self.fed = 0  # tokens of the last call's first run: what it had to catch up
         self._right = [0] * batch  # tokens of the cache that are the committed ones
 
-    def propose(self, requests: Sequence[Request], room: Sequence[int]) -> Proposal:
+    @property
+    def catching_up(self) -> bool:
+        """In the last call: that there was more to read than after any block."""
+        return self.fed > 2
+
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
         slots, device = max(room), self.cached.model.device
         last = vocabulary_of(self.cached.model) - 1  # the target may know tokens beyond it
         behind = max(len(x.tokens) - right for x, right in zip(requests, self._right, strict=True))
@@ -85,11 +97,14 @@ class ModelDraft:
         empty = torch.empty(len(requests), 0, dtype=torch.int64, device=device)
         drawn, rows = [], []
         for slot in range(slots):
-            logits = self._shared(self.cached.extend(ids.to(device).clamp(max=last), counts, 1))
-            logits = processed(requests, logits, texts)
+            ids = ids.to(device).clamp(max=last)
+            logits = self._shared(self._extend(ids, counts, None if slot else target))
+            logits = self._processed(requests, logits, texts)
             ids = verify(
                 logits, None, empty, seed=seeds, position=starts + slot, **self.warpers
             ).tokens
+            if self.head is not None:
+                ids = torch.where(ids < 0, ids, self.head[ids.clamp(min=0)])
             drawn.append(ids)
             if not greedy:
                 rows.append(logits)
@@ -100,17 +115,37 @@ class ModelDraft:
         self._right = list(self.cached.lengths)
         drafted = torch.cat(drawn, 1).cpu()
         wanted = torch.arange(slots)[None] < torch.tensor(room)[:, None]
-        if bool((wanted & (drafted < 0)).any()):
+        # A processor may leave nothing of a reduced head's tokens: there is nothing to offer.
+        cut = self.head is not None and any(x.processors for x in requests)
+        if bool((wanted & (drafted < 0)).any()) and not cut:
             warnings.warn(
                 "the draft's logits have no softmax (NaN or infinity), so its tokens are not used;"
                 " mend its weights, or pass another draft.",
                 stacklevel=6,
             )
         drafted[~wanted] = -1
-        return Proposal(drafted, torch.cat(rows, 1) if rows else None, list(room))
+        vocabulary = None if greedy else self.head
+        return Proposal(drafted, torch.cat(rows, 1) if rows else None, list(room), vocabulary)
+
+    def _extend(self, ids: Tensor, counts: Sequence[int], target: CachedModel | None) -> Tensor:
+        """The logits behind tokens that are committed, which the target knows, or drafted."""
+        return self.cached.extend(ids, counts, 1)
+
+    def _processed(
+        self, requests: Sequence[Request], logits: Tensor, texts: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """`processed`, which wants rows over all of the vocabulary."""
+        if self.head is None or not any(x.processors for x in requests):
+            return processed(requests, logits, texts)
+        rows = logits.new_full((*logits.shape[:2], self.vocabulary), -torch.inf)
+        rows[..., self.head] = logits
+        return processed(requests, rows, texts)[..., self.head]
 
     def _shared(self, logits: Tensor) -> Tensor:
         """Over the target's vocabulary: rows that pad a head are cut or added."""
+        if self.head is not None:
+            whole = self.head.numel() == self.known.numel()
+            return logits if whole else logits[..., self.known]
         lacking = self.vocabulary - logits.shape[-1]
         if lacking > 0:
             return torch.nn.functional.pad(logits, (0, lacking), value=-torch.inf)
@@ -122,6 +157,34 @@ class ModelDraft:
     def select(self, rows: Sequence[int]) -> None:
         self.cached.select(rows)
         self._right = [self._right[row] for row in rows]
+
+
+class FeatureModelDraft(ModelDraft):
+    """A `FeatureDraft`. Committed tokens are fed with the target's states, drafted ones with the
+    draft's own, so nothing that it cached of these stays; before the target has read the prompt
+    there is nothing to propose."""
+
+    @property
+    def catching_up(self) -> bool:
+        return self.fed > 9
+
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
+        if not any(target.lengths):
+            nothing = torch.empty(len(requests), 0, dtype=torch.int64)
+            return Proposal(nothing, None, [0] * len(requests))
+        found = super().propose(requests, room, target)
+        self._right = [len(x.tokens) for x in requests]
+        return found
+
+    def _extend(self, ids: Tensor, counts: Sequence[int], target: CachedModel | None) -> Tensor:
+        if target is not None:
+            self._features = target.states(ids.shape[1])
+        found = self.cached.run(ids, counts, 1, features=self._features)
+        self._features = found.states[:, -1:]
+        logits: Tensor = found.logits
+        return logits
 
 
 @dataclass
@@ -153,7 +216,9 @@ class NgramDraft:
         self.places: list[dict[tuple[int, ...], int]] = [{} for _ in range(batch)]
         self.known = [0] * batch  # n-grams that end before here are in `places`
 
-    def propose(self, requests: Sequence[Request], room: Sequence[int]) -> Proposal:
+    def propose(
+        self, requests: Sequence[Request], room: Sequence[int], target: CachedModel
+    ) -> Proposal:
         found = [
             self._follow(row, request.tokens, most)
             for row, (request, most) in enumerate(zip(requests, room, strict=True))
@@ -215,48 +280,3 @@ def processed(
 def wrapped(number: int) -> int:
     """As an int64, in two's complement."""
     return (number + 2**63) % 2**64 - 2**63
-
-
-def truncated(target: Any, layers: int | Sequence[int]) -> Any:
-    """A draft made of some of the target's layers, copied, with its embeddings, norm and head.
-
-    Args:
-        target: a causal model of transformers that keeps its layers in a list named `layers`.
-        layers: their indices in order, or how many, evenly spaced from the first to the last.
-
-    Returns:
-        A new model of the target's class, dtype and device, in eval mode, ready to be trained.
-    """
-    total = target.config.num_hidden_layers
-    if isinstance(layers, int):
-        if not 1 <= layers <= total:
-            raise ValueError(f"layers={layers} is outside 1..{total}, the layers of the target.")
-        chosen = [round(i * (total - 1) / max(1, layers - 1)) for i in range(layers)]
-    else:
-        chosen = list(layers)
-        if not chosen or sorted(set(chosen)) != chosen or not 0 <= chosen[0] <= chosen[-1] < total:
-            raise ValueError(
-                f"layers={chosen} are not layers of the target; pass increasing indices from 0 to"
-                f" {total - 1}."
-            )
-    weights = target.state_dict()
-    if not any(_LAYER.search(key) for key in weights):
-        raise ValueError(
-            f"{type(target).__name__} does not keep its layers in a list named `layers`; pass a"
-            " draft model of its own."
-        )
-    config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(chosen)
-    if getattr(config, "layer_types", None):
-        config.layer_types = [target.config.layer_types[i] for i in chosen]
-    draft = type(target)(config).to(device=target.device, dtype=target.dtype)
-    kept = {}
-    for key, value in weights.items():
-        found = _LAYER.search(key)
-        if found is None:
-            kept[key] = value
-        elif (old := int(found[0])) in chosen:
-            kept[_LAYER.sub(str(chosen.index(old)), key, count=1)] = value
-    draft.load_state_dict(kept)
-    draft.generation_config = copy.deepcopy(target.generation_config)
-    return draft.eval()

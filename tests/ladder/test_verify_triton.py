@@ -102,7 +102,7 @@ def test_coins_are_the_references_bit_by_bit() -> None:
 def test_trees_are_refused_by_name(method: str) -> None:
     target, ids = torch.randn(1, 3, 9), torch.zeros(1, 2, dtype=torch.int64)
     call = {"method": method, "tree": torch.tensor([-1, 0]), "seed": 0, "position": 0}
-    with pytest.raises(ValueError, match=f"verify has no triton kernel for '{method}'; choose"):
+    with pytest.raises(ValueError, match=f"verify has no triton kernel for '{method}'; pass impl"):
         verify(target, None, ids, impl="triton", **call)
 
 
@@ -110,7 +110,7 @@ def test_trees_are_refused_by_name(method: str) -> None:
 def test_the_gradient_is_refused_by_name() -> None:
     rows = torch.randn(1, 3, 9)
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="no triton kernel for 'verify_with_gradient'; choose"):
+    with pytest.raises(ValueError, match="no triton kernel for 'verify_with_gradient'; pass impl"):
         verify_with_gradient(rows, rows[:, 1:], ids, impl="triton", seed=0, position=0)
 
 

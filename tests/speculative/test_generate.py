@@ -243,6 +243,24 @@ def test_an_end_token_inside_a_block_ends_the_text(target: Any) -> None:
         assert torch.equal(found.tokens, plain(target, ids, mask, **kept))
 
 
+@pytest.mark.parametrize("kind", ["truncated", "ngram"])
+def test_requests_that_end_at_once(target: Any, draft: Any, kind: str) -> None:
+    """With their first token, also all of them; a prompt that ends with an end token goes on."""
+    ids, mask = prompts()
+    source = draft if kind == "truncated" else "ngram"
+    first = plain(target, ids, mask, max_new_tokens=1, do_sample=False)[:, 0].tolist()
+    assert first[0] != first[1] == first[2]
+    for ends in (first[:1], first[1:2], first[:2], [int(ids[2, -1])]):
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ends}
+        want = plain(target, ids, mask, **settings)
+        for drafted in (0, 3):
+            found = pydistill.generate(
+                target, source, ids, attention_mask=mask, num_draft_tokens=drafted, **settings
+            )
+            assert torch.equal(found.tokens, want)
+            assert [n == 1 for n in found.num_tokens.tolist()] == [x in ends for x in first]
+
+
 def test_processors_see_every_row(target: Any, draft: Any) -> None:
     """Those of the configuration and one of the caller's, which wants its request's true text."""
     ids, mask = prompts()
@@ -335,6 +353,24 @@ def test_a_draft_may_have_a_shorter_context(target: Any) -> None:
     assert torch.equal(found.tokens, want)
 
 
+def test_prompts_beyond_the_draft_s_context_are_not_drafted(target: Any) -> None:
+    """Some of a batch, or all; the text is the target's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    made = {"vocab_size": 61, "n_embd": 32, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
+    ids, mask = prompts()  # of 5, 7 and 9 tokens
+    want = plain(target, ids, mask, max_new_tokens=6, do_sample=False)
+    for context, drafts in ((8, True), (5, False), (3, False)):
+        draft = GPT2LMHeadModel(GPT2Config(**made, n_positions=context)).eval()
+        found = pydistill.generate(
+            target, draft, ids, attention_mask=mask, max_new_tokens=6, do_sample=False,
+            num_draft_tokens=2,
+        )  # fmt: skip
+        assert torch.equal(found.tokens, want)
+        assert (found.stats.drafted > 0) == drafts
+
+
 def test_vocabularies_padded_differently(target: Any) -> None:
     class Tokenizer:
         def __init__(self, words: int = 50) -> None:
@@ -389,6 +425,29 @@ def test_nan_weights_are_named_or_go_unused(target: Any) -> None:
         if not do_sample:
             want = plain(target, ids, mask, max_new_tokens=8, do_sample=False)
             assert torch.equal(found.tokens, want)
+
+
+def test_nan_of_one_request(target: Any, draft: Any) -> None:
+    """Weights that it alone reads: the target's are named by request and place, the draft's cost
+    that request its drafts."""
+    ids, mask = prompts()
+    token = next(x for x in ids[1, 2:].tolist() if x not in ids[[0, 2]])
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    want = plain(target, ids, **{"mask": mask, "max_new_tokens": 6, "do_sample": False})
+    assert token not in want
+
+    def poisoned(model: Any) -> Any:
+        model.model.embed_tokens.weight.data[token] = math.nan
+        return model
+
+    message = r"logits of request 1 have no softmax \(NaN or infinity\) at token 7"
+    for source in (draft, "ngram", None):
+        with pytest.raises(RuntimeError, match=message):
+            pydistill.generate(poisoned(llama()), source, ids, num_draft_tokens=2, **settings)
+    with pytest.warns(UserWarning, match="draft's logits have no softmax"):
+        found = pydistill.generate(target, poisoned(llama()), ids, num_draft_tokens=2, **settings)
+    assert torch.equal(found.tokens, want)
+    assert found.stats.accepted == 2 * (6 - 2)  # the draft is the target: two blocks each
 
 
 @pytest.mark.parametrize(
@@ -457,9 +516,9 @@ def test_truncated_takes_the_layers_it_is_told(target: Any) -> None:
 
 def test_prompt_lookup_copies_what_followed() -> None:
     def follow(text: list[int], most: int, kind: Ngram | None = None) -> list[int]:
-        held = NgramDraft(kind or Ngram(), 1)
+        held: Any = NgramDraft(kind or Ngram(), 1)
         for end in (len(text) // 2, len(text)):  # places are kept up as the text grows
-            found = held.propose([Request(0, text[:end], 1, 0, [])], [most])
+            found = held.propose([Request(0, text[:end], 1, 0, [])], [most], None)
         ids = found.ids[0].tolist()
         assert found.counts == [len(ids)]
         return ids
