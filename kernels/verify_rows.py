@@ -354,13 +354,13 @@ class Rows:
             self.logits.stride(0), self.logits.stride(1), bias_step, drafted_step, warper_step,
             rows, slots, vocab, tokens, self.blocks,
         )  # fmt: skip
-        options = compiler_options(self.block, PER_THREAD)
         _reduce_blocks[(batch * rows, self.blocks)](
-            *head, *tail, DRAFT=side, SLOTS=lanes, BLOCK=self.block, **options
-        )
+            *head, *tail, DRAFT=side, SLOTS=lanes, BLOCK=self.block,
+            **compiler_options(self.block, PER_THREAD),
+        )  # fmt: skip
         _finish_rows[(batch * rows,)](
             *head, self.numbers, *tail, DRAFT=side, SLOTS=lanes, BLOCKS=self.lanes,
-            BLOCK=self.block, **options,
+            BLOCK=self.block, **compiler_options(self.block, PER_THREAD, 168),
         )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def _launch(kernels: Any, dtype: str, accepted: bool) -> Any:
     draft = target[:, :-1].clone()
     ids = draft.argmax(-1) if accepted else torch.full((1, TRITON_SLOTS), 7)
     if not accepted:
-        target[..., 7] = -torch.inf
+        target[..., 7], draft[..., 7] = -torch.inf, 20.0
     one, rows, drafted = torch.zeros(1, dtype=torch.int64), (1, TRITON_SLOTS + 1), (1, TRITON_SLOTS)
     off = [1.0, 0.0, 1.0, -torch.inf]
     warpers = torch.tensor([off + off], dtype=torch.float64)
