@@ -236,9 +236,7 @@ def resolve(name: str, impl: str, device: str, dtype: torch.dtype, part: str = "
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def explain(
-    op: Operator, device: str, dtype: torch.dtype | None = None, part: str = ""
-) -> Choice:
+def explain(op: Operator, device: str, dtype: torch.dtype | None = None, part: str = "") -> Choice:
     """What `impl="auto"` picks for tensors of `dtype` (fp32 where it takes that) on `device`, and
     why."""
     if dtype is None:

@@ -105,6 +105,22 @@ def test_tracked_rows_of_verify(dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_tracked_rows_of_verify_in_triton(dtype: str) -> None:
+    """All nine rows, those of the tested slots again, and the blocks that a draw opens; the drafted
+    tokens' logits twice."""
+    table, item = json.loads(JSON.read_text()), {"fp32": 4, "bf16": 2}[dtype]
+    accepted, rejected = (
+        table[f"triton verify {n} {dtype} bytes"] for n in ("accepted", "rejected")
+    )
+    assert accepted["logits"] == ((9 + 8) * VOCAB + 4096 + 16) * item
+    assert rejected["logits"] == ((9 + 2) * VOCAB + 2 * 4096 + 16) * item
+    assert accepted["ratio"] <= 1.93 and rejected["ratio"] <= 1.27
+    for part in verify_table.TRITON_PARTS:
+        for target in GATE:
+            assert table[f"triton verify {part} {dtype} {target}"]["spills"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_tracked_rows_of_token_logprob(dtype: str) -> None:
     """The row once forward, and the token's logit once more; the row and the gradient backward."""
     table, item = json.loads(JSON.read_text()), {"fp32": 4, "bf16": 2}[dtype]

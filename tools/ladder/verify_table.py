@@ -65,7 +65,8 @@ def _launch(kernels: Any, dtype: str, accepted: bool) -> Any:
     warpers = torch.tensor([off + off], dtype=torch.float64)
     count = torch.empty(1, dtype=torch.int64)
     kernels.verify_fwd(
-        target, draft, ids, one + TRITON_SLOTS, warpers, one, one, None, None, None, 0, 0, 0.0, 0.0, False,
+        target, draft, ids, one + TRITON_SLOTS, warpers, one, one, None, None, None, 0, 0, 0.0,
+        0.0, False,
         torch.empty(rows, dtype=torch.int64), count, torch.empty(rows), torch.empty(drafted),
         torch.empty(drafted), torch.empty(rows), torch.empty(drafted),
         torch.empty(rows, dtype=torch.int32), torch.empty(drafted, dtype=torch.int64),
