@@ -366,7 +366,8 @@ class Rows:
 
 def block_of(vocab: int) -> int:
     """Columns of a block of a row."""
-    return max(32 * PER_THREAD, min(COLUMNS, triton.next_power_of_2(vocab)))
+    columns: int = triton.next_power_of_2(vocab)
+    return max(32 * PER_THREAD, min(COLUMNS, columns))
 
 
 def by_token(

@@ -13,12 +13,11 @@ import torch
 from tests.ops import test_verify_sampling as sampling
 
 pytestmark = [pytest.mark.interpreter, pytest.mark.ladder_full, pytest.mark.timeout(1800)]
-N, TESTS = 2_000, 4  # sequences; what 1e-4 is divided by
+N, TESTS = 500, 2  # sequences; what 1e-4 is divided by
 
 
-@pytest.mark.parametrize("world", ["plain", "one-hot"])
 @pytest.mark.parametrize("method", ["token", "block"])
-def test_joint_law(method: str, world: str) -> None:
-    counts = sampling.generate(world, method, "triton", N)
-    assert sampling.chance(counts, sampling.law(world)) > 1e-4 / TESTS
-    assert torch.equal(counts, sampling.generate(world, method, "reference", N))
+def test_joint_law(method: str) -> None:
+    counts = sampling.generate("plain", method, "triton", N)
+    assert sampling.chance(counts, sampling.law("plain")) > 1e-4 / TESTS
+    assert torch.equal(counts, sampling.generate("plain", method, "reference", N))

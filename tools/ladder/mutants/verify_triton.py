@@ -291,22 +291,22 @@ def some(call: dict[str, Any], chosen: list[int], **changes: Any) -> dict[str, A
 def check_methods(kernels: ModuleType) -> None:
     call = requests()
     check_call(kernels, call, rule())
-    check_call(kernels, call, rule("block"))
-    check_call(kernels, call, rule("typical", typical=(0.1, 0.6)))
+    check_call(kernels, some(call, [0, 1, 5, 6, 8, 10, 13, 14]), rule("block"))
+    check_call(kernels, some(call, [0, 3, 5, 6, 7, 11]), rule("typical", typical=(0.1, 0.6)))
 
 
 def check_lenient(kernels: ModuleType) -> None:
-    call = some(requests(seed=4), [0, 1, 2, 4, 5, 6, 7])
+    call = some(requests(seed=4), [0, 3, 5, 6, 7])
     for lenience in (("linear", 0.3), ("square", 0.6), ("exponential", 0.4), ("ensemble", 0.6)):
         check_call(kernels, call, rule(lenience=lenience))
     check_call(kernels, call, rule(tv_budget=0.1))
 
 
 def check_point_masses(kernels: ModuleType) -> None:
-    call = some(requests(seed=2), [0, 1, 2, 4, 5, 9, 10, 11], draft=None)
+    call = some(requests(seed=2), [0, 3, 5, 7, 10], draft=None)
     for r in (rule(), rule("block"), rule("typical"), rule(tv_budget=0.1)):
         check_call(kernels, call, r)
-    check_call(kernels, some(requests(), [0, 5], draft=None), rule(lenience=("square", 0.9)))
+    check_call(kernels, some(call, [0, 2]), rule(lenience=("square", 0.9)))
 
 
 def check_bias(kernels: ModuleType) -> None:
@@ -363,7 +363,7 @@ def check_rounding(kernels: ModuleType) -> None:
     met = torch.cat([share[:4], share[:4] - 1e-12, share[:4] + 1e-12, share[:4] + 1e-9])
     call |= {"target": z, "draft": z[:, :-1].contiguous(), "ids": torch.full_like(ids, 3)}
     call |= plain | {"top_p": met, "num_drafted": torch.full((REQUESTS,), 3)}
-    check_call(kernels, some(call, list(range(REQUESTS))[::2]), rule())
+    check_call(kernels, some(call, [0, 1, 4, 5, 9, 13]), rule())
 
 
 def check_bounds(kernels: ModuleType) -> None:
@@ -408,22 +408,33 @@ def check_bytes(kernels: ModuleType) -> None:
     assert meter.of("_finish_rows").bytes["logits"].loaded == 0
 
 
-def check_kernels(kernels: ModuleType) -> None:
-    """Raises unless the kernels are right."""
-    rows = importlib.import_module("pydistill.kernels.verify_rows")
-    small_blocks(rows)
-    with strict():
-        check_methods(kernels)
-        check_point_masses(kernels)
+def _run(kernels: ModuleType, *names: str) -> None:
+    small_blocks(importlib.import_module("pydistill.kernels.verify_rows"))
     check_bytes(kernels)
     with strict():
-        check_lenient(kernels)
-        check_bias(kernels)
-        check_support(kernels)
-        check_rounding(kernels)
-        check_bounds(kernels)
+        for name in names:
+            globals()[f"check_{name}"](kernels)
+
+
+# Each raises unless a part of the kernels is right, by the checks that can see it.
 
 
 def check_rows(rows: ModuleType) -> None:
-    """The same of the part that reads rows."""
-    check_kernels(importlib.import_module("pydistill.kernels.verify"))
+    kernels = importlib.import_module("pydistill.kernels.verify")  # it imports `rows` by name
+    _run(kernels, "methods", "bias", "rounding", "support")
+
+
+def check_slots(kernels: ModuleType) -> None:
+    _run(kernels, "methods", "bias", "lenient", "support")
+
+
+def check_compare(kernels: ModuleType) -> None:
+    _run(kernels, "methods", "lenient", "point_masses", "support")
+
+
+def check_decide(kernels: ModuleType) -> None:
+    _run(kernels, "methods", "point_masses", "lenient")
+
+
+def check_sample(kernels: ModuleType) -> None:
+    _run(kernels, "methods", "point_masses", "rounding")
