@@ -7,7 +7,7 @@ import pytest
 from tools.ladder.mutants import verify_triton as mutants
 from tools.ladder.mutation import KERNELS, assert_triton_mutants_die
 
-FILES = {part: "verify.py" for part in mutants.PARTS} | {"rows": "verify_rows.py"}
+FILES = dict.fromkeys(mutants.PARTS, "verify.py") | {"rows": "verify_rows.py"}
 
 
 @pytest.mark.ladder
