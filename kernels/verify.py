@@ -453,15 +453,13 @@ def _sample(
             bias += request * bias_step
         lane = tl.arange(0, BLOCKS)
         about = tl.load(tops + place * blocks + lane, mask=lane < blocks, other=-INF)
-        p_sums = sums_of(masses, place, blocks, BLOCKS) * exactly(about, largest, inverse)
-        sums, by_p, by_q = p_sums, tl.full((), 1.0, tl.float64), tl.full((), 0.0, tl.float64)
+        sums = sums_of(masses, place, blocks, BLOCKS) * exactly(about, largest, inverse)
+        by_p, by_q = tl.full((), 1.0, tl.float64), tl.full((), 0.0, tl.float64)
         tried = tl.full((), -1, tl.int64)
         if (slot < tl.load(tested + request)) & (METHOD != TYPICAL):
             index = request * slots + slot
-            rest = sums_of(left, index, blocks, BLOCKS)
-            if tl.sum(rest, 0) > 0.0:
-                sums, tried = rest, tl.load(ids + index)
-                by_p = tl.load(scales + place) / total
+            sums, tried = sums_of(left, index, blocks, BLOCKS), tl.load(ids + index)
+            by_p = tl.load(scales + place) / total
         dense = tried >= 0
         if draft is not None:
             draft += request * draft_request + slot * draft_row
@@ -481,8 +479,6 @@ def _sample(
                         row, bias, draft, support, starts, cut, largest, inverse, q_cut, q_largest,
                         q_inverse, tl.load(scales + place), vocab, blocks, BLOCKS, BLOCK,
                     )  # fmt: skip
-                    if tl.sum(sums, 0) == 0.0:
-                        sums, by_p, by_q = p_sums, by_p * 0.0 + 1.0, by_q * 0.0
 
         # The first block whose cumulative sum exceeds the coin's share, and in it the first token.
         coin = coins(

@@ -24,7 +24,7 @@ from tools.ladder.interpreter import strict
 from tools.ladder.mutants import verify_triton as mutants
 
 pytestmark = pytest.mark.interpreter
-CHECKS = ("methods", "point_masses", "lenient", "bias", "support", "rounding")
+CHECKS = ("methods", "point_masses", "lenient", "bias", "support", "rounding", "draws")
 
 
 @pytest.fixture

@@ -170,17 +170,13 @@ SAMPLE = [
         "slot < tl.load(tested + request)",
     ),
     Mutant("by_p = tl.load(scales + place) / total", "by_p = 1.0 / total"),
-    Mutant("if tl.sum(rest, 0) > 0.0:", "if tl.sum(rest, 0) >= 0.0:"),
     Mutant("if tl.sum(sums, 0) < _SMALL:", "if tl.sum(sums, 0) < 0.0:"),
-    Mutant("if tl.sum(sums, 0) == 0.0:", "if tl.sum(sums, 0) < 0.0:"),
     Mutant("dense = dense & (tl.load(own + WARPERS) != 0.0)", "dense = dense & True"),
     Mutant("slot.to(tl.int32), RESAMPLE", "slot.to(tl.int32), ACCEPT"),
     Mutant("tl.cumsum(sums, 0) > bound", "tl.cumsum(sums, 0) >= 0.0"),
     Mutant("bound -= tl.sum(tl.where(lane < block, sums, 0.0), 0)", "bound -= 0.0"),
     Mutant("(x >= cut) & (at != tried)", "x >= cut"),
     Mutant("w = tl.maximum(w - q * by_q, 0.0)", "w = w + 0.0"),
-    Mutant("tl.cumsum(w, 0) > bound", "tl.cumsum(w, 0) >= bound"),
-    Mutant("drawn = tl.minimum(first, last)", "drawn = first + 0"),
     Mutant(
         "value = inverse * (logit - largest) - tl.log(total)", "value = inverse * (logit - largest)"
     ),
@@ -339,29 +335,39 @@ def check_support(kernels: ModuleType) -> None:
     check_call(kernels, once, rule())
 
 
-def check_rounding(kernels: ModuleType) -> None:
-    """Decisions that fp32 would make by rounding: a top-p limit that is met exactly, residuals of
-    one token and 1e-7, and p equal to q."""
-    call = requests(seed=8)
-    target, draft = call["target"][:, :1].repeat(1, 4, 1), call["draft"]
-    draft[:] = target[:, :-1]
-    for i in range(REQUESTS):
-        draft[i, :, 7], target[i, :, 7] = draft[i].amax() - 15.0, -math.inf
-        target[i, :, 80] = draft[i].amax() + 1.0
-        draft[i, :, 80] = target[i, 0, 80] - 3e-7
-    ids = torch.full_like(call["ids"], 7)
-    ids[:4] = 80
-    plain = dict.fromkeys(WARPERS)
-    close = call | plain | {"target": target, "draft": draft, "ids": ids}
-    close["num_drafted"] = torch.full((REQUESTS,), 3)
+def check_draws(kernels: ModuleType) -> None:
+    """Rejections, of tokens that p likes too: what is left, and of `typical` p itself."""
+    g = torch.Generator().manual_seed(3)
+    target = torch.randn(24, 3, VOCAB, generator=g)
+    target[:, :, [9, 70, 140]] += 5.0
+    draft = target[:, :-1].flip(-1)
+    draft[:, 0, 70] = target[:, 0, 70] + 3.0
+    ids = torch.full((24, 2), 70)
+    call = {
+        "target": target, "draft": draft, "ids": ids, "num_drafted": torch.full((24,), 2),
+        "seed": torch.arange(24), "position": torch.arange(24),
+        "draft_temperature": (torch.arange(24) % 4 != 0).double(),
+    }  # fmt: skip
+    for r in (rule(), rule("block"), rule("typical", typical=(0.5, 1.0))):
+        check_call(kernels, call, r)
+    # p and q that differ by rounding but for the drafted token: an fp32 residual is noise.
+    target[:, :, 7], draft = -math.inf, (3.0 * target[:, :-1]).clone()
+    draft[:, :, 7] = 3.0 * (target[:, :-1].amax(-1) - 16.0)
+    close = call | {"draft": draft, "ids": torch.full_like(ids, 7), "draft_temperature": 3.0}
     check_call(kernels, close, rule())
+
+
+def check_rounding(kernels: ModuleType) -> None:
+    """A top-p limit that is met exactly, or missed by less than fp32 can tell."""
+    plain: dict[str, Any] = dict.fromkeys(WARPERS)
+    call = requests(seed=8)
     # Eight equal tokens, of which `top_p` is met by four, and by one more a hair above.
     z = torch.full((REQUESTS, 4, VOCAB), -math.inf)
     z[..., 3::19] = 1.0 - torch.arange(8) * 1e-3
     share = torch.softmax(z[0, 0].double(), -1)
     share = share[share > 0].sort(descending=True).values.cumsum(0)
     met = torch.cat([share[:4], share[:4] - 1e-12, share[:4] + 1e-12, share[:4] + 1e-9])
-    call |= {"target": z, "draft": z[:, :-1].contiguous(), "ids": torch.full_like(ids, 3)}
+    call |= {"target": z, "draft": z[:, :-1].contiguous(), "ids": torch.full((REQUESTS, 3), 3)}
     call |= plain | {"top_p": met, "num_drafted": torch.full((REQUESTS,), 3)}
     check_call(kernels, some(call, [0, 1, 4, 5, 9, 13]), rule())
 
@@ -437,4 +443,4 @@ def check_decide(kernels: ModuleType) -> None:
 
 
 def check_sample(kernels: ModuleType) -> None:
-    _run(kernels, "methods", "point_masses", "rounding")
+    _run(kernels, "draws", "methods", "point_masses")
