@@ -186,8 +186,9 @@ SAMPLE = [
 PARTS = {"rows": ROWS, "slots": SLOTS, "compare": COMPARE, "decide": DECIDE, "sample": SAMPLE}
 
 VOCAB, BLOCK = 150, 64
-# Requests: plain; low top-k; top-p; min-p; all filters; greedy; a greedy draft; hot; one slot less;
-# nothing drafted; an id of -1; NaN, +inf and nothing in the target; NaN and 0 in the draft.
+# Requests: plain; low top-k; top-p; min-p; all filters; greedy; a greedy draft; hot; one slot less,
+# and the row behind it NaN; nothing drafted; an id of -1; NaN, +inf and nothing in the target; NaN
+# and 0 in the draft.
 REQUESTS = 16
 WARPERS = {
     "temperature": [1, 1, 1, 0.7, 1.3, 0, 1, 2.5, *[1] * 8],
@@ -215,15 +216,12 @@ def requests(slots: int = 3, vocab: int = VOCAB, seed: int = 1) -> dict[str, Any
     ids = (draft - noise).argmax(-1)
     ids[0], ids[5] = target[0, :-1].argmax(-1), target[5, :-1].argmax(-1)  # these are accepted
     target[5, :, 149], ids[5, -1] = target[5].amax(-1), 149  # a tie
-    ids[10, 1], target[11, 0, 70], target[12, 2, 3], target[13, 1] = (
-        -1,
-        math.nan,
-        math.inf,
-        -math.inf,
-    )
+    ids[10, 1], target[11, 0, 70] = -1, math.nan
+    target[12, 2, 3], target[13, 1] = math.inf, -math.inf
     draft[14, 1, 9], draft[15, 0, ids[15, 0]] = math.nan, -math.inf
     counts = torch.full((REQUESTS,), slots)
     counts[8], counts[9] = slots - 1, 0
+    draft[8], target[8, slots - 1, 3] = target[8, :-1], math.nan  # only the last row is wrong
     return {
         "target": target, "draft": draft, "ids": ids, "num_drafted": counts,
         "seed": torch.arange(REQUESTS) * 2**40 - 3, "position": 2**33 * torch.arange(REQUESTS) + 5,
@@ -287,7 +285,7 @@ def some(call: dict[str, Any], chosen: list[int], **changes: Any) -> dict[str, A
 def check_methods(kernels: ModuleType) -> None:
     call = requests()
     check_call(kernels, call, rule())
-    check_call(kernels, some(call, [0, 1, 5, 6, 8, 10, 13, 14]), rule("block"))
+    check_call(kernels, some(call, [0, 1, 5, 6, 8, 9, 10, 13, 14]), rule("block"))
     check_call(kernels, some(call, [0, 3, 5, 6, 7, 11]), rule("typical", typical=(0.1, 0.6)))
 
 
@@ -346,10 +344,13 @@ def check_draws(kernels: ModuleType) -> None:
     call = {
         "target": target, "draft": draft, "ids": ids, "num_drafted": torch.full((24,), 2),
         "seed": torch.arange(24), "position": torch.arange(24),
+        "temperature": (torch.arange(24) % 6 != 1).double(),
         "draft_temperature": (torch.arange(24) % 4 != 0).double(),
     }  # fmt: skip
     for r in (rule(), rule("block"), rule("typical", typical=(0.5, 1.0))):
         check_call(kernels, call, r)
+    few = torch.tensor([66, 70, 80, 90, 100])  # of one block
+    check_call(kernels, call | {"draft": draft[..., few], "support": few}, rule("block"))
     # p and q that differ by rounding but for the drafted token: an fp32 residual is noise.
     target[:, :, 7], draft = -math.inf, (3.0 * target[:, :-1]).clone()
     draft[:, :, 7] = 3.0 * (target[:, :-1].amax(-1) - 16.0)
@@ -435,11 +436,11 @@ def check_slots(kernels: ModuleType) -> None:
 
 
 def check_compare(kernels: ModuleType) -> None:
-    _run(kernels, "methods", "lenient", "point_masses", "support")
+    _run(kernels, "draws", "lenient", "point_masses", "support", "methods")
 
 
 def check_decide(kernels: ModuleType) -> None:
-    _run(kernels, "methods", "point_masses", "lenient")
+    _run(kernels, "draws", "methods", "point_masses", "lenient")
 
 
 def check_sample(kernels: ModuleType) -> None:
