@@ -21,7 +21,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,12 +44,14 @@ _libraries = {ns: torch.library.Library(ns, "FRAGMENT") for ns in set(_NAMESPACE
 @dataclass(frozen=True)
 class Operator:
     """An operator: its name (the stem of its room), the dtypes its kernels take and the values of
-    its argument `kind`, if it has one. An internal one serves others and is not exported."""
+    its argument `kind`, if it has one. An internal one serves others and is not exported. `lacks`
+    names, by backend, what else an operator does that its kernels there do not."""
 
     name: str
     dtypes: frozenset[torch.dtype]
     kinds: tuple[str, ...] = ()
     internal: bool = False
+    lacks: Mapping[str, frozenset[str]] = field(default_factory=dict)
     kernels: list[str] = field(default_factory=list)
 
 
@@ -67,10 +69,16 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def operator(
-    name: str, dtypes: set[torch.dtype], kinds: Iterable[str] = (), *, internal: bool = False
+    name: str,
+    dtypes: set[torch.dtype],
+    kinds: Iterable[str] = (),
+    *,
+    internal: bool = False,
+    lacks: Mapping[str, Iterable[str]] | None = None,
 ) -> Operator:
     """Declares an operator; its kernels follow with `kernel`."""
-    OPERATORS[name] = Operator(name, frozenset(dtypes), tuple(kinds), internal)
+    missing = {backend: frozenset(parts) for backend, parts in (lacks or {}).items()}
+    OPERATORS[name] = Operator(name, frozenset(dtypes), tuple(kinds), internal, missing)
     return OPERATORS[name]
 
 
@@ -199,8 +207,9 @@ def _finds(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
-    """The backend for a call of operator `name` on tensors of `dtype` on device type `device`.
+def resolve(name: str, impl: str, device: str, dtype: torch.dtype, part: str = "") -> str:
+    """The backend for a call of operator `name` on tensors of `dtype` on device type `device`, of
+    the `part` of it that some backends may lack.
 
     Raises `ValueError` for an unknown `impl`, or for an explicit one that cannot serve this tensor
     here: an explicit choice never falls back. `auto` warns once when it lands on the reference
@@ -211,13 +220,13 @@ def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
         raise ValueError(f"impl={impl!r} is not known; use one of {', '.join(IMPLS)}.")
     if impl == "auto":
         for backend in _ORDER.get(device, ()):
-            if _unavailable(op, backend, device, dtype) is None:
+            if _unavailable(op, backend, device, dtype, part) is None:
                 return backend
         if dtype in op.dtypes:
-            why = explain(op, device, dtype).reason
+            why = explain(op, device, dtype, part).reason
             _warn_once(f"pydistill.{op.name} uses the slow reference: {why}")
         return "reference"
-    reason = _unavailable(op, impl, device, dtype)
+    reason = _unavailable(op, impl, device, dtype, part)
     if reason:
         raise ValueError(f"impl={impl!r} cannot run {op.name} here: {reason}")
     return impl
@@ -227,14 +236,14 @@ def resolve(name: str, impl: str, device: str, dtype: torch.dtype) -> str:
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def explain(op: Operator, device: str, dtype: torch.dtype | None = None) -> Choice:
+def explain(op: Operator, device: str, dtype: torch.dtype | None = None, part: str = "") -> Choice:
     """What `impl="auto"` picks for tensors of `dtype` (fp32 where it takes that) on `device`, and
     why."""
     if dtype is None:
         dtype = torch.float32 if torch.float32 in op.dtypes else min(op.dtypes, key=str)
     reasons = []
     for backend in _ORDER.get(device, ()):
-        reason = _unavailable(op, backend, device, dtype)
+        reason = _unavailable(op, backend, device, dtype, part)
         if reason is None:
             return Choice(backend, _capability() if backend == "cpu" else "kernel found")
         reasons.append(f"{backend}: {reason}")
@@ -247,7 +256,9 @@ def _capability() -> str:
     return f"native library loaded, capability {_native.capability()}"
 
 
-def _unavailable(op: Operator, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def _unavailable(
+    op: Operator, backend: str, device: str, dtype: torch.dtype, part: str = ""
+) -> str | None:
     """Why `backend` cannot serve a tensor of `dtype` on `device`; None if it can."""
     if backend == "reference":
         return None
@@ -274,6 +285,8 @@ def _unavailable(op: Operator, backend: str, device: str, dtype: torch.dtype) ->
         ):
             return f"{op.name} has no {backend} kernel yet; choose another impl."
         return "the CUDA library is not built; build with PYDISTILL_BUILD_CUDA=1."
+    if part in op.lacks.get(backend, ()):
+        return f"{op.name} has no {backend} kernel for {part!r}; pass impl='reference'."
     return None
 
 

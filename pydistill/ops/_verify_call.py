@@ -69,7 +69,7 @@ def prepare(
             "draft_topk_ids is given without draft_logits; pass the draft's logits [B, K, S] of"
             " these tokens, or neither for a draft that does not sample."
         )
-    backend = backend_of(op, impl, device.type, target.dtype)
+    backend = backend_of(op, impl, device.type, target.dtype, METHODS[rule.method])
     check = not explain and backend == "cpu" and _rows.values_readable(target)
     known = not check and device.type == "cpu"  # values are read, where that is free
     ids = check_ids(ids, (batch, slots), vocab, device, known)
@@ -175,11 +175,12 @@ def remember(key: Any, call: Call, target: Tensor, draft: Tensor | None, ids: Te
 _native: dict[Any, str] = {}  # calls that a native kernel serves: once loaded, it stays
 
 
-def backend_of(op: str, impl: str, device: str, dtype: torch.dtype) -> str:
+def backend_of(op: str, impl: str, device: str, dtype: torch.dtype, part: str) -> str:
+    """Of a call with a method, or of the gradient."""
     key = (impl, device, dtype, _registry.has_kernel)
     found = _native.get(key)
     if found is None:
-        found = _registry.resolve(op, impl, device, dtype)
+        found = _registry.resolve(op, impl, device, dtype, part)
         if found == "cpu" and not torch.compiler.is_compiling():
             _native[key] = found
     return found

@@ -34,6 +34,7 @@ from pydistill.reference.verify import (
     BAD_PARENT,
     BAD_TARGET,
     IMPOSSIBLE,
+    TREES,
     Inputs,
     Outputs,
     Rule,
@@ -52,7 +53,11 @@ __all__ = [
     "verify",
     "verify_with_gradient",
 ]
-OP = _registry.operator("verify", {torch.float32, torch.bfloat16, torch.float16})
+OP = _registry.operator(
+    "verify",
+    {torch.float32, torch.bfloat16, torch.float16},
+    lacks={"triton": (*TREES, "verify_with_gradient")},
+)
 
 
 class VerifyResult(NamedTuple):
@@ -275,9 +280,16 @@ def verify_with_gradient(
         result.flags,
     )
     backend = _verify_call.backend_of(
-        OP.name, arguments.get("impl", "auto"), device.type, target.dtype
+        OP.name, arguments.get("impl", "auto"), device.type, target.dtype, "verify_with_gradient"
     )
     options = (divergence.KINDS[kind].id, 0.5 if beta is None else float(beta))
+    if not _registry.has_kernel("verify_gradient", backend):
+        if arguments.get("impl", "auto") != "auto":
+            raise ValueError(
+                f"impl={backend!r} cannot run verify_with_gradient: there is no such kernel; pass"
+                " impl='reference', or call verify."
+            )
+        backend = "reference"
     if overwrite_logits:
         _check_overwrite(target_logits, draft_logits)
         found = _overwrite(inputs, options, backend)

@@ -59,7 +59,7 @@ class _Tally:
 def _serves(case: Case, device: str, backend: str) -> bool:
     try:
         for dtype in case.dtypes:
-            _registry.resolve(case.op, backend, device, dtype)
+            _registry.resolve(case.op, backend, device, dtype, case.kind)
     except ValueError:
         return False
     return True

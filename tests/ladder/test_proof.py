@@ -14,6 +14,8 @@ from tools.ladder.mutants import (
     topk_divergence_cuda,
     topk_divergence_triton,
     topk_logprobs_triton,
+    verify_cuda,
+    verify_triton,
 )
 
 pytestmark = pytest.mark.ladder
@@ -71,13 +73,19 @@ def test_the_full_ladder_has_cases_and_mutants_of_both_backends() -> None:
         "test_topk_divergence_triton_mutants.py::test_all_mutants_die",
         "test_topk_logprobs_triton.py::test_table",
         "test_topk_logprobs_triton_mutants.py::test_all_mutants_die",
+        "test_verify_cuda.py::test_every_case",
+        "test_verify_cuda.py::test_mutants_die",
+        "test_verify_triton.py::test_table",
+        "test_verify_triton_compile.py::test_compiles_without_spills",
+        "test_verify_triton_mutants.py::test_all_mutants_die",
     }
 
 
 def test_every_kernel_has_ten_mutants() -> None:
     for module in (
         divergence_triton, divergence_cuda, token_logprob_triton, topk_divergence_triton,
-        topk_divergence_cuda, topk_logprobs_triton,
+        topk_divergence_cuda, topk_logprobs_triton, verify_cuda,
+        verify_triton,
     ):  # fmt: skip
         for part, mutants in module.PARTS.items():
             assert len(set(mutants)) == len(mutants)

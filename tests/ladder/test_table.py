@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pydistill.reference.divergence import KINDS
-from tools.ladder import linear_table, topk_divergence_table, topk_logprobs_table
+from tools.ladder import linear_table, topk_divergence_table, topk_logprobs_table, verify_table
 from tools.ladder.cuda.nvcc import TARGETS
 from tools.ladder.divergence_table import LONG, STREAMS
 from tools.ladder.dry_run import GATE
@@ -90,6 +90,34 @@ def test_tracked_table_has_every_row_of_topk_divergence() -> None:
         for target in TARGETS:
             for part in ("outside", "forward", "backward"):
                 assert f"cuda topk_divergence {part} {dtype} {target}" in table
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tracked_rows_of_verify(dtype: str) -> None:
+    """Both rows twice, and what a draw opens; with a filter a few times more."""
+    table = json.loads(JSON.read_text())
+    plain, filtered = (table[f"cuda verify {n} {dtype} bytes"] for n in verify_table.FORMS)
+    assert all(2 < sweeps < 2.1 for sweeps in plain["sweeps"])
+    assert all(4 < sweeps < 8 for sweeps in filtered["sweeps"])
+    for target in TARGETS:
+        for part in ("chain", "tree"):
+            assert table[f"cuda verify {part} {dtype} {target}"]["spills"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tracked_rows_of_verify_in_triton(dtype: str) -> None:
+    """All nine rows, those of the tested slots again, and the blocks that a draw opens; the drafted
+    tokens' logits twice."""
+    table, item = json.loads(JSON.read_text()), {"fp32": 4, "bf16": 2}[dtype]
+    accepted, rejected = (
+        table[f"triton verify {n} {dtype} bytes"] for n in ("accepted", "rejected")
+    )
+    assert accepted["logits"] == ((9 + 8) * VOCAB + 4096 + 16) * item
+    assert rejected["logits"] == ((9 + 2) * VOCAB + 2 * 4096 + 16) * item
+    assert accepted["ratio"] <= 1.93 and rejected["ratio"] <= 1.27
+    for part in verify_table.TRITON_PARTS:
+        for target in GATE:
+            assert table[f"triton verify {part} {dtype} {target}"]["spills"] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,4 +245,5 @@ def test_cuda_names() -> None:
     assert _cuda_name("divergence_forward<2, float>") == "forward jsd fp32"
     assert _cuda_name("divergence_backward<0, __nv_bfloat16>") == "backward forward_kl bf16"
     assert _cuda_name("topk_divergence_outside<__half>") == "topk_divergence outside fp16"
+    assert _cuda_name("verify_chain<__half>") == "verify chain fp16"
     assert _cuda_name("row_sum<float, 128>") == "row_sum<float,128>"

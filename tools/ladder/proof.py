@@ -105,7 +105,8 @@ def records() -> dict[str, dict[str, Any]]:
             if not (MUTANTS / f"{op}_{backend}.py").exists():
                 continue
             if backend == "triton":
-                sources = [KERNELS / f"{op}.py", *(KERNELS / "_common").glob("*.py")]
+                sources = [KERNELS / f"{op}.py", *KERNELS.glob(f"{op}_*.py")]
+                sources += (KERNELS / "_common").glob("*.py")
             else:
                 sources = source_closure(CSRC / "cuda" / f"{op}.cu", [CSRC])
             checks = [MUTANTS / f"{op}_{part}.py" for part in (backend, "check")]

@@ -25,6 +25,7 @@ from tools.ladder import (
     token_logprob_table,
     topk_divergence_table,
     topk_logprobs_table,
+    verify_table,
 )
 from tools.ladder.rows import BYTES_ROWS, VOCAB, Row, Table, compiled_row
 
@@ -69,7 +70,7 @@ def _cuda_name(name: str) -> str:
     from pydistill.reference.divergence import KINDS
 
     scalars = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
-    topk = re.fullmatch(r"(topk_divergence)_(\w+)<(\w+)>", name)
+    topk = re.fullmatch(r"(topk_divergence|verify)_(\w+)<(\w+)>", name)
     if topk is not None:
         return f"{topk[1]} {topk[2]} {scalars[topk[3]]}"
     found = re.fullmatch(r"divergence_(\w+)<(\d+), (\w+)>", name)
@@ -85,6 +86,7 @@ def collect(tracked: Table) -> Table:
 
     row_operators = (
         divergence_table, token_logprob_table, topk_divergence_table, topk_logprobs_table,
+        verify_table,
     )  # fmt: skip
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
     rows: Table = {key: row for key, row in tracked.items() if key.endswith(" proof")}
@@ -95,7 +97,9 @@ def collect(tracked: Table) -> Table:
     else:
         sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
         jobs += [(cuda_rows, (source, target)) for source in sources for target in TARGETS]
-        jobs += [(room.cuda_bytes, ()) for room in (divergence_table, topk_divergence_table)]
+        jobs += [
+            (room.cuda_bytes, ()) for room in (divergence_table, topk_divergence_table, verify_table)
+        ]
     # Those from hidden states last: they launch the row operators' kernels, which Triton then finds
     # in its cache. GATE is spelled out: importing dry_run would import triton into this process.
     for rooms in (row_operators, (linear_table,)):
@@ -141,6 +145,11 @@ def markdown(table: Table) -> str:
         "`token_logprob` has that floor too. `topk_logprobs` looks for 64 tokens; its floor is the",
         "row and the results, and sorting the 64, in torch, is not counted. `topk_logprobs row` is",
         "the way of a row of 16384 logits, which its program keeps in registers.",
+        "`verify` in CUDA is one request of one drafted token, which is rejected: a row of target",
+        "and draft, read, compared in a second sweep, and drawn from; the floor is both rows. A",
+        "filter searches each row in two or three further sweeps. In brackets are its two rows.",
+        "In Triton it is one request of four drafted tokens, and the floor all of its nine rows:",
+        "`accepted` reads them again but for the last, `rejected` only the first two.",
         "The operators from hidden states launch these kernels on fp32 logits: `forward` on whole",
         "rows, `backward` in place, on whole rows where these are one block, as here, else on",
         "tiles of at most 2048 columns, `in_forward` both on whole rows. Their rows are what their",

@@ -1,0 +1,461 @@
+// A warped row of logits: its maximum, the cut of its filters, and its mass. docs/ops/verify.md has
+// the definitions.
+//
+// A warp takes a run of consecutive tiles, so that the sum of a warp is the mass of a range of ids,
+// and sampling has no pass of its own. Tiles begin at multiples of 8 ids, wherever the row lies in
+// memory: what is added to what depends on nothing but the row. A row that is not 16-byte aligned
+// (of an odd vocabulary, say) is loaded element by element.
+//
+// Terms are fp32 and summed in fp64, eight at a time, in a fixed order.
+#pragma once
+
+#include <cfloat>
+
+#include "cuda/common.cuh"
+#include "cuda/verify.h"
+
+namespace pydistill {
+namespace {
+
+#ifndef PYD_VERIFY_BLOCK
+#define PYD_VERIFY_BLOCK 512
+#endif
+constexpr int kBlock = PYD_VERIFY_BLOCK;  // threads of a request; fewer in most tests
+constexpr int kWarps = kBlock / kWarp;
+constexpr int kTile = 8;
+constexpr int kPivots = 7;        // of one pass that looks for a cut
+constexpr int kCandidates = 512;  // logits that are compared with each other to find it
+
+enum Warper : int { kTemperature, kTopK, kTopP, kLogMinP, kWarpers };
+
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
+
+// Tiles in a row of so many ids, and in the run of a warp.
+__device__ __forceinline__ int tiles_of(int vocab) { return (vocab + kTile - 1) / kTile; }
+__device__ __forceinline__ int run_of(int tiles) { return (tiles + kWarps - 1) / kWarps; }
+
+// Calls f(first id) for tiles [first, last): a run for each warp, one tile after another for its
+// lanes.
+template <class F>
+__device__ __forceinline__ void sweep(int first, int last, F f) {
+  const int run = run_of(last - first), begin = first + warp() * run;
+  const int end = min(begin + run, last);
+  for (int tile = begin + lane(); tile < end; tile += kWarp) f(tile * kTile);
+}
+
+// The same by single ids, of rows of so many: for what is rare, or reads little.
+template <class F>
+__device__ __forceinline__ void sweep_ids(int first, int last, int vocab, F f) {
+  sweep(first, last, [&](int start) {
+    const int end = min(start + kTile, vocab);
+#pragma unroll 1
+    for (int id = start; id < end; ++id) f(id);
+  });
+}
+
+// The sum of every thread's number, and in `parts`, which lies in shared memory, that of each warp;
+// `kept` is a copy of it, or null. All threads must call, and all get the sum.
+__device__ __forceinline__ double sum_by_warp(double mine, double (&parts)[kWarps],
+                                              double* kept = nullptr) {
+  mine = warp_reduce(mine, Sum{});
+  __syncthreads();
+  if (lane() == 0) {
+    parts[warp()] = mine;
+    if (kept) kept[warp()] = mine;
+  }
+  __syncthreads();
+  double sum = 0.0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += parts[i];
+  return sum;
+}
+
+// The tokens of a draft that is known on a few: a bit for each id, how many bits are set before
+// each word of them, and the logits in order of id.
+struct Known {
+  const unsigned* bits;  // null: all tokens are known
+  const int* before;
+  const float* logits;
+};
+
+// One row of logits, and what is added to it; -inf where the row is not known.
+template <class S>
+struct Reader {
+  const S* row;
+  const float* bias;  // or null
+  Known known;
+  int vocab, tokens;  // ids, and how many of them are known
+
+  __device__ __forceinline__ void load(int start, float (&x)[kTile]) const {
+    if (known.bits) {
+      const unsigned word = known.bits[start / 32];
+      const int shift = start % 32;
+      const unsigned mine = word >> shift & 0xffu;
+      int at = 0;
+      if (mine) at = known.before[start / 32] + __popc(word & ((1u << shift) - 1u));
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) x[i] = mine >> i & 1u ? known.logits[at++] : -INFINITY;
+      return;
+    }
+    load_tile(row, start, vocab, is_wide_aligned(row), -INFINITY, x);
+    if (!bias) return;
+    float b[kTile];
+    load_tile(bias, start, vocab, is_wide_aligned(bias), 0.0f, b);
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) x[i] += b[i];
+  }
+
+  __device__ float at(int id) const {
+    if (known.bits) {
+      const unsigned word = known.bits[id / 32], bit = 1u << (id % 32);
+      if (!(word & bit)) return -INFINITY;
+      return known.logits[known.before[id / 32] + __popc(word & (bit - 1u))];
+    }
+    return to_float(row[id]) + (bias ? bias[id] : 0.0f);
+  }
+};
+
+// A token of logit x has probability exp(scale (x - max)) / total where x >= cut, else 0; or all of
+// it is at `point`.
+struct Warped {
+  double scale, total;
+  float max, cut;
+  int32_t point;  // -1: there is none
+  int32_t sound;
+
+  __device__ double weight(float x) const {
+    return x < cut ? 0.0 : exp(scale * (static_cast<double>(x) - max));
+  }
+  __device__ double log_normaliser() const { return scale * max + log(total); }
+};
+
+template <class S>
+__device__ double probability_of(const Warped& w, const Reader<S>& reader, int64_t id) {
+  if (w.point >= 0) return id == w.point ? 1.0 : 0.0;
+  return w.weight(reader.at(static_cast<int>(id))) / w.total;
+}
+
+template <class S>
+__device__ double log_probability_of(const Warped& w, const Reader<S>& reader, int64_t id) {
+  if (w.point >= 0) return id == w.point ? 0.0 : -INFINITY;
+  const float x = reader.at(static_cast<int>(id));
+  return x < w.cut ? -INFINITY : w.scale * (static_cast<double>(x) - w.max) - log(w.total);
+}
+
+// exp(scale (x - max)) of what is kept. 1 / T is two floats: in one it would bend every mass the
+// same way. `least` keeps -inf from meeting a 0 in a product; its weight is 0.
+struct WeightAt {
+  float max, cut, high, low, least;
+
+  __device__ explicit WeightAt(const Warped& w)
+      : max(w.max),
+        cut(w.cut),
+        high(static_cast<float>(w.scale)),
+        low(static_cast<float>(w.scale - high)),
+        least(static_cast<float>(-120.0 / w.scale)) {}
+
+  __device__ __forceinline__ float exponent(float below) const {
+    const float d = below < least ? least : below;  // NaN stays
+    return fmaf(d, high, d * low);
+  }
+  __device__ __forceinline__ float below(float d) const { return expf(exponent(d)); }
+  __device__ __forceinline__ float operator()(float x) const {
+    const float e = below(x - max);
+    return x < cut ? 0.0f : e;
+  }
+};
+
+// The lowest id whose logit is the maximum. Only the run of the first warp that saw it is read.
+template <class S>
+__device__ int find_maximum(const Reader<S>& reader, float max, const float* by_warp) {
+  __shared__ int lowest[kWarps];
+  const int tiles = tiles_of(reader.vocab), run = run_of(tiles);
+  int first = 0;
+  while (by_warp[first] != max) ++first;
+  int found = INT32_MAX;
+  sweep_ids(first * run, min((first + 1) * run, tiles), reader.vocab, [&](int id) {
+    if (reader.at(id) == max) found = min(found, id);
+  });
+  found = __reduce_min_sync(kFullMask, found);
+  __syncthreads();
+  if (lane() == 0) lowest[warp()] = found;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) found = min(found, lowest[i]);
+  return found;
+}
+
+// The one read of memory: maximum and mass of a row without filters, and its token if greedy.
+template <class S>
+__device__ Warped read_row(const Reader<S>& reader, double temperature, double* masses) {
+  __shared__ float by_warp[kWarps];
+  __shared__ double parts[kWarps];
+  const bool greedy = temperature == 0.0;
+  Warped w{greedy ? 1.0 : 1.0 / temperature, 0.0, 0.0f, -INFINITY, -1, 0};
+  const WeightAt weight(w);
+  float max = -FLT_MAX;  // finite, so that -inf - max is -inf and not NaN
+  double z = 0.0;
+  sweep(0, tiles_of(reader.vocab), [&](int start) {
+    float x[kTile];
+    reader.load(start, x);
+    float most = max;
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) most = fmaxf(most, x[i]);
+    if (most > max) {
+      z *= weight.below(max - most);
+      max = most;
+    }
+    float add = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) add += weight.below(x[i] - max);
+    z += add;
+  });
+  const float mine = warp_reduce(max, Max{});
+  __syncthreads();
+  if (lane() == 0) by_warp[warp()] = mine;
+  __syncthreads();
+  w.max = by_warp[0];
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) w.max = fmaxf(w.max, by_warp[i]);
+  // A thread whose maximum weighs 0 in fp32 has no other weight either.
+  w.total = sum_by_warp(z * weight.below(max - w.max), parts, masses);
+  w.sound = w.total > 0.0;  // NaN and +inf made the sum NaN
+  if (w.sound && greedy) w.point = find_maximum(reader, w.max, by_warp);
+  return w;
+}
+
+// The masses once the cut is known.
+template <class S>
+__device__ double sum_kept(const Reader<S>& reader, const Warped& w, double* masses) {
+  __shared__ double parts[kWarps];
+  const WeightAt weight(w);
+  double sum = 0.0;
+  sweep(0, tiles_of(reader.vocab), [&](int start) {
+    float x[kTile];
+    reader.load(start, x);
+    float add = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kTile; ++i) add += weight(x[i]);
+    sum += add;
+  });
+  return sum_by_warp(sum, parts, masses);
+}
+
+// Floats in their order as integers, and back.
+__device__ __forceinline__ int64_t order_of(float x) {
+  const int bits = __float_as_int(x + 0.0f);
+  return bits >= 0 ? bits : -static_cast<int64_t>(bits & 0x7fffffff);
+}
+
+__device__ __forceinline__ float float_at(int64_t order) {
+  const int64_t bits = order >= 0 ? order : -order;
+  return __uint_as_float(static_cast<unsigned>(bits) | (order >= 0 ? 0u : 0x80000000u));
+}
+
+// Of what a row keeps: tokens and mass above each pivot, and the mass of all.
+struct Above {
+  double mass[kPivots], tokens[kPivots], total;
+};
+
+template <class S>
+__device__ Above pass_pivots(const Reader<S>& reader, const Warped& w, bool exactly,
+                             const float (&pivots)[kPivots]) {
+  constexpr int kSums = 2 * kPivots + 1;
+  __shared__ double scratch[kSums * kWarps];
+  double sums[kSums] = {};
+  const int tiles = tiles_of(reader.vocab);
+  if (exactly) {
+    sweep_ids(0, tiles, reader.vocab, [&](int id) {
+      const float x = reader.at(id);
+      const double e = w.weight(x);
+      sums[2 * kPivots] += e;
+#pragma unroll
+      for (int j = 0; j < kPivots; ++j) {
+        sums[j] += x > pivots[j] ? e : 0.0;
+        sums[kPivots + j] += x > pivots[j];
+      }
+    });
+  } else {
+    const WeightAt weight(w);
+    sweep(0, tiles, [&](int start) {
+      float x[kTile], e[kTile], all = 0.0f;
+      reader.load(start, x);
+#pragma unroll
+      for (int i = 0; i < kTile; ++i) {
+        e[i] = weight(x[i]);
+        all += e[i];
+      }
+      sums[2 * kPivots] += all;
+#pragma unroll
+      for (int j = 0; j < kPivots; ++j) {
+        float mass = 0.0f;
+        int tokens = 0;
+#pragma unroll
+        for (int i = 0; i < kTile; ++i) {
+          const bool above = x[i] > pivots[j];
+          mass += above ? e[i] : 0.0f;
+          tokens += above;
+        }
+        sums[j] += mass;
+        sums[kPivots + j] += tokens;
+      }
+    });
+  }
+  block_reduce_each<kBlock>(sums, Sum{}, scratch);
+  Above found;
+#pragma unroll
+  for (int j = 0; j < kPivots; ++j) found.mass[j] = sums[j], found.tokens[j] = sums[kPivots + j];
+  found.total = sums[2 * kPivots];
+  return found;
+}
+
+// What a search for a cut asks of the weight above a logit: less than `limit`, in tokens (top-k) or
+// in mass (top-p). `doubt`: how far sums of fp32 terms can be from the limit and still be wrong.
+struct Bound {
+  double limit, doubt;
+  __device__ bool doubts(double weight) const { return fabs(weight - limit) <= doubt; }
+};
+
+// The logits of a row in [bottom, top], few enough to be compared with each other.
+struct Candidates {
+  float* logits;
+  unsigned long long* weights;  // in units of 2^-52, whose sums do not depend on their order
+  int size;
+};
+
+template <class S>
+__device__ Candidates collect(const Reader<S>& reader, const Warped& w, bool by_mass, float bottom,
+                              float top) {
+  __shared__ float logits[kCandidates];
+  __shared__ unsigned long long weights[kCandidates];
+  __shared__ int size;
+  __syncthreads();
+  if (threadIdx.x == 0) size = 0;
+  __syncthreads();
+  sweep(0, tiles_of(reader.vocab), [&](int start) {
+    float x[kTile];
+    reader.load(start, x);
+#pragma unroll
+    for (int i = 0; i < kTile; ++i)
+      if (x[i] >= bottom && x[i] <= top && is_inside(start + i, reader.vocab))
+        logits[atomicAdd(&size, 1)] = x[i];
+  });
+  __syncthreads();
+  const int count = size;
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kBlock) {
+    const double weight = by_mass ? w.weight(logits[i]) : 1.0;
+    weights[i] = static_cast<unsigned long long>(weight * 0x1p52 + 0.5);
+  }
+  __syncthreads();
+  return {logits, weights, count};
+}
+
+// The smallest of the candidates with less than the limit above it; `above` is the weight above all
+// of them, `top` what is returned for none. `sure`: no comparison was in doubt.
+__device__ inline float choose(const Candidates& from, double above, float top, const Bound& bound,
+                               bool& sure) {
+  __shared__ float scratch[kWarps];
+  float least = top;
+  bool doubts = false;
+  for (int i = static_cast<int>(threadIdx.x); i < from.size; i += kBlock) {
+    unsigned long long more = 0;
+    for (int j = 0; j < from.size; ++j)
+      if (from.logits[j] > from.logits[i]) more += from.weights[j];
+    const double weight = above + static_cast<double>(more) * 0x1p-52;
+    doubts = doubts || bound.doubts(weight);
+    if (weight < bound.limit) least = fminf(least, from.logits[i]);
+  }
+  sure = !__syncthreads_or(doubts);
+  return -block_reduce<kBlock>(-least, Max{}, scratch);
+}
+
+// The smallest logit v, at least the row's cut, for which less than the limit of what the row keeps
+// lies above v; `share` is the limit, of top-p over the row's mass.
+//
+// v is bracketed between orders (low, high]: less than the limit lies above high, not so above low.
+// A pass gives the weights above seven pivots between them, the first time spaced as logits are,
+// then evenly. What is left between them is collected once it is little. A pivot whose mass is in
+// doubt moves neither end; where that stops the search, or leaves its end in doubt, masses are
+// summed again in fp64. So the kept set is the one of exact sums.
+template <class S>
+__device__ float find_cut(const Reader<S>& reader, const Warped& w, bool by_mass, double share) {
+  constexpr float kFirst[kPivots] = {INFINITY, 16.0f, 11.0f, 7.5f, 5.0f, 3.0f, 1.5f};
+  Bound bound{by_mass ? share * w.total : share, by_mass ? 5e-7 * w.total : 0.0};
+  const int64_t bottom = order_of(w.cut) - 1, top = order_of(w.max);
+  int64_t low = bottom, high = top;
+  double above_high = 0.0, tokens_above_high = 0.0, tokens_above_low = INFINITY;
+  bool first = true, exactly = false, again = false;  // `again`: the bracket stands, in fp64
+  while (high - low > 1) {
+    if (!again && tokens_above_low - tokens_above_high <= kCandidates) {
+      const Candidates found = collect(reader, w, by_mass, float_at(low + 1), float_at(high));
+      bool sure;
+      const float cut = choose(found, above_high, float_at(high), bound, sure);
+      if (sure || bound.doubt == 0.0) return cut;
+      exactly = again = true;
+    }
+    int64_t orders[kPivots];
+    float pivots[kPivots];
+#pragma unroll
+    for (int j = 0; j < kPivots; ++j) {
+      orders[j] = low + (high - low) * (j + 1) / (kPivots + 1);
+      if (first) orders[j] = order_of(static_cast<float>(w.max - kFirst[j] / w.scale));
+      orders[j] = orders[j] <= low ? low + 1 : (orders[j] > high ? high : orders[j]);
+      if (again) orders[j] = high;
+      pivots[j] = float_at(orders[j]);
+    }
+    first = false;
+    const Above found = pass_pivots(reader, w, exactly, pivots);
+    if (exactly) bound = {share * found.total, 0.0};
+    if (again) {
+      above_high = found.mass[0];
+      again = false;
+      continue;
+    }
+    const int64_t before = high - low;
+    bool falls = true;  // of the pivots from the top on: all have less than the limit above
+#pragma unroll
+    for (int j = kPivots - 1; j >= 0; --j) {
+      const double weight = by_mass ? found.mass[j] : found.tokens[j];
+      if (falls && weight < bound.limit - bound.doubt) {
+        high = orders[j], above_high = weight, tokens_above_high = found.tokens[j];
+        continue;
+      }
+      falls = false;
+      const bool over = bound.doubt == 0.0 || weight > bound.limit + bound.doubt;
+      if (over && low < orders[j]) low = orders[j], tokens_above_low = found.tokens[j];
+    }
+    if (high - low == before && bound.doubt > 0.0) {
+      exactly = first = true;
+      low = bottom, high = top;
+      above_high = tokens_above_high = 0.0, tokens_above_low = INFINITY;
+    }
+  }
+  return float_at(high);
+}
+
+// Everything about a row, from its warpers; `masses`, if not null, gets those of its runs.
+template <class S>
+__device__ Warped warp_row(const Reader<S>& reader, const double* warpers, double* masses) {
+  Warped w = read_row(reader, warpers[kTemperature], masses);
+  if (!w.sound || w.point >= 0) return w;
+#pragma unroll 1
+  for (int by_mass = 0; by_mass < 2; ++by_mass) {
+    const double asked = warpers[by_mass ? kTopP : kTopK];
+    const float before = w.cut;
+    if (by_mass ? asked < 1.0 : asked > 0.0 && asked < reader.tokens)
+      w.cut = find_cut(reader, w, by_mass, asked);
+    if (by_mass) {  // the smallest float that min_p keeps: the bound itself is fp64
+      const double bound = w.max + warpers[kTemperature] * warpers[kLogMinP];
+      float least = static_cast<float>(bound);
+      if (least < bound) least = nextafterf(least, INFINITY);
+      w.cut = fmaxf(w.cut, least);
+    }
+    if (w.cut > before) w.total = sum_kept(reader, w, masses);
+  }
+  w.sound = w.total > 0.0;
+  return w;
+}
+
+}  // namespace
+}  // namespace pydistill
