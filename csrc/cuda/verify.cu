@@ -25,12 +25,12 @@ class Chain : Request<S> {
   __device__ void run() {
     const bool whole = call_.method == kWhole;
     double ratio = 1.0;  // of the whole prefix, for `block`
-    int64_t accepted = 0, tested = 0, read = 0;
+    int32_t accepted = 0, tested = 0, read = 0;
     bool open = true;  // whether the next slot can be put to the test
-    for (int64_t slot = 0;; ++slot) {
-      open = open && slot < this->drafted_ && is_token(slot);
+    for (int32_t slot = 0;; ++slot) {
+      open = open && slot < this->drafted() && is_token(slot);
       if (!open && whole && tested > 0 && this->flip(tested - 1, ratio, 1.0)) accepted = tested;
-      const int64_t row = open ? slot : accepted;
+      const int32_t row = open ? slot : accepted;
       this->read(row, row == read, open && !this->pointed_);
       if (row == read) ++read;
       if (!open) break;
@@ -140,7 +140,7 @@ class Chain : Request<S> {
       case kSquare:
         return s.px * factor();
       case kExponential:
-        return s.px > 0.0 ? pow(s.px, call_.strength) : 0.0;
+        return s.px > 0.0 ? exp(call_.strength * log(s.px)) : 0.0;
       case kEnsemble:
       case kTvBudget:
         return weight(s.rest) * s.px + (1.0 - weight(s.rest)) * s.qx;
@@ -156,7 +156,7 @@ class Chain : Request<S> {
     const WeightAt weight(s.p);
     const Reader<S> reader = this->target(slot);
     double sum = 0.0;
-    sweep(0, tiles_of(this->vocab_), [&](int start) {
+    sweep(0, tiles_of(this->vocab()), [&](int start) {
       float x[kTile], add = 0.0f;
       reader.load(start, x);
 #pragma unroll
