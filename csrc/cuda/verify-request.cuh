@@ -35,14 +35,20 @@ struct Branch {
   int32_t open;                // the target's row was read
 };
 
+// Not by its parents: with no nodes there is no memory to point to.
+__host__ __device__ inline bool is_tree(const VerifyCall& call) {
+  return call.method >= kTargetOnly;
+}
+
 // Where everything lies in a request's scratch, in bytes.
 struct Layout {
   int64_t branches, tokens, nodes, known, bytes;
 
   __host__ __device__ explicit Layout(const VerifyCall& call) {
-    const int64_t places = call.slots + 1, hung = call.parent ? call.slots : 0;
+    const bool tree = is_tree(call);
+    const int64_t places = call.slots + 1, hung = tree ? call.slots : 0;
     branches = places * static_cast<int64_t>(sizeof(Slot));
-    tokens = branches + (call.parent ? places * static_cast<int64_t>(sizeof(Branch)) : 0);
+    tokens = branches + (tree ? places * static_cast<int64_t>(sizeof(Branch)) : 0);
     nodes = tokens + hung * 8;
     known = nodes + hung * 4;
     const int64_t numbers = call.support ? call.support_size + (call.vocab + 31) / 32 * 2 : 0;

@@ -369,19 +369,19 @@ struct Search {
   int64_t low, high;
   double above_high, tokens_above_high, tokens_above_low, limit, doubt;
   int32_t by_mass;
-  int32_t first;    // the next pass is
+  int32_t passes;   // so far
   int32_t exactly;  // in fp64
   int32_t again;    // the bracket stands, and only what lies above high is in doubt
 
   __device__ void begin(const Warped& w) {
     low = order_of(w.cut) - 1, high = order_of(w.max);
     above_high = tokens_above_high = 0.0, tokens_above_low = INFINITY;
-    first = 1, again = 0;
+    passes = again = 0;
   }
 
   __device__ void move(const Warped& w, double share, const int64_t* orders, const Above& found) {
     if (exactly) limit = share * found.mass[kPivots], doubt = 0.0;
-    first = 0;
+    ++passes;
     if (again) {
       above_high = found.mass[0];
       again = 0;
@@ -434,11 +434,11 @@ __device__ inline float first_pivot(int j) {
 // The smallest logit v, at least the row's cut, for which less than the limit of what the row keeps
 // lies above v; `share` is the limit, of top-p over the row's mass.
 //
-// A pass gives the weights above seven pivots inside the bracket, the first time spaced as logits
-// are, then evenly. What is left between its ends is collected once it is little. A pivot whose
-// mass is in doubt moves neither end; where that stops the search, or leaves its end in doubt,
-// masses are summed again in fp64. So the kept set is the one of exact sums. The search lies in
-// shared memory: a sweep needs the registers.
+// A pass gives the weights above seven pivots inside the bracket, spaced as logits are, then evenly
+// among numbers, then among floats, which always ends. What is left between its ends is collected
+// once it is little. A pivot whose mass is in doubt moves neither end; where that stops the search,
+// or leaves its end in doubt, masses are summed again in fp64. So the kept set is the one of exact
+// sums. The search lies in shared memory: a sweep needs the registers.
 template <class S>
 __device__ float find_cut(const Reader<S>& reader, const Warped& w, bool by_mass, double share) {
   __shared__ Search search;
@@ -468,8 +468,13 @@ __device__ float find_cut(const Reader<S>& reader, const Warped& w, bool by_mass
     __syncthreads();
     if (mine < kPivots) {
       const int64_t low = search.low, high = search.high;
+      const float bottom = float_at(low), top = float_at(high);
       int64_t order = low + (high - low) * (mine + 1) / (kPivots + 1);
-      if (search.first) order = order_of(static_cast<float>(w.max - first_pivot(mine) / w.scale));
+      if (search.passes == 0) {
+        order = order_of(static_cast<float>(w.max - first_pivot(mine) / w.scale));
+      } else if (search.passes < 3 && bottom > -FLT_MAX && top - bottom < FLT_MAX) {
+        order = order_of(bottom + (top - bottom) * static_cast<float>(mine + 1) / (kPivots + 1));
+      }
       order = order <= low ? low + 1 : (order > high ? high : order);
       orders[mine] = search.again ? high : order;
       pivots[mine] = float_at(orders[mine]);

@@ -3,7 +3,7 @@
 //
 // Bytes: a row of the target and one of the draft are read from memory once, when the walk comes to
 // them, and once more, out of L2, to be compared; rows behind the end of the walk are not read. A
-// filter adds two or three sweeps of its row, a draw one sweep of a 16th of it. Nothing of size V
+// filter adds three to five sweeps of its row, a draw one sweep of a 16th of it. Nothing of size V
 // is written, but for a few bits a token where a draft is known on a few of them.
 //
 // Every step of a walk decides what is read next, so one block does what a request can keep busy,
@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(kBlock) verify_tree(const __grid_constant__ Ve
 
 bool is_valid(const VerifyCall& call) {
   return call.method >= 0 && call.method < kMethods && call.lenience >= 0 &&
-         call.lenience < kLeniences && (call.method >= kTargetOnly) == (call.parent != nullptr);
+         call.lenience < kLeniences &&
+         (call.slots == 0 || is_tree(call) == (call.parent != nullptr));
 }
 
 }  // namespace
@@ -210,13 +211,13 @@ bool is_valid(const VerifyCall& call) {
 
 PYD_API int pyd_verify(const VerifyCall* call, void* stream) {
   using namespace pydistill;
-  if (!is_valid(*call)) return kInvalidValue;
   if (call->batch == 0) return 0;
+  if (!is_valid(*call)) return kInvalidValue;
   return dispatch_dtype(call->dtype, [&](auto type) {
     using S = typename decltype(type)::type;
     const unsigned requests = static_cast<unsigned>(call->batch);
-    return call->parent ? PYD_LAUNCH((verify_tree<S>), requests, kBlock, 0, stream, *call)
-                        : PYD_LAUNCH((verify_chain<S>), requests, kBlock, 0, stream, *call);
+    return is_tree(*call) ? PYD_LAUNCH((verify_tree<S>), requests, kBlock, 0, stream, *call)
+                          : PYD_LAUNCH((verify_chain<S>), requests, kBlock, 0, stream, *call);
   });
 }
 

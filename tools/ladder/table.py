@@ -146,7 +146,7 @@ def markdown(table: Table) -> str:
         "the way of a row of 16384 logits, which its program keeps in registers.",
         "`verify` in CUDA is one request of one drafted token, which is rejected: a row of target",
         "and draft, read, compared in a second sweep, and drawn from; the floor is both rows. A",
-        "filter searches each row in two or three further sweeps. In brackets are its two rows.",
+        "filter searches each row in three to five further sweeps. Brackets name the two rows so.",
         "The operators from hidden states launch these kernels on fp32 logits: `forward` on whole",
         "rows, `backward` in place on tiles of at most 2048 columns, `in_forward` both on whole",
         "rows. Their rows are what their driver launches; its matrix products are not counted.",
