@@ -97,7 +97,8 @@ def collect(tracked: Table) -> Table:
         sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
         jobs += [(cuda_rows, (source, target)) for source in sources for target in TARGETS]
         jobs += [
-            (room.cuda_bytes, ()) for room in (divergence_table, topk_divergence_table, verify_table)
+            (room.cuda_bytes, ())
+            for room in (divergence_table, topk_divergence_table, verify_table)
         ]
     # Those from hidden states last: they launch the row operators' kernels, which Triton then finds
     # in its cache. GATE is spelled out: importing dry_run would import triton into this process.

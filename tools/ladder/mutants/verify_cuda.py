@@ -8,14 +8,24 @@ counts bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pydistill.ops.verify import VerifyResult, _forward, verify
-from pydistill.reference.verify import METHODS, TREES, Inputs, Outputs, Rule, verify_reference
+from pydistill.reference.verify import (
+    ACCEPT,
+    METHODS,
+    RESAMPLE,
+    TREES,
+    Inputs,
+    Outputs,
+    Rule,
+    coins,
+    verify_reference,
+)
 from pydistill.testing.case import Case
 from pydistill.testing.case import check as check_case
 from pydistill.testing.cases import verify as table
@@ -40,7 +50,10 @@ COINS = [
 ]
 WARP = [
     Mutant("end = min(begin + run, last)", "end = begin + run"),
-    Mutant("if (kept) kept[warp()] = mine;\n  }\n  __syncthreads();", "if (kept) kept[warp()] = mine;\n  }"),
+    Mutant(
+        "if (kept) kept[warp()] = mine;\n  }\n  __syncthreads();",
+        "if (kept) kept[warp()] = mine;\n  }",
+    ),
     Mutant("x[i] += b[i]", "x[i] = x[i]"),
     Mutant("(bias ? bias[id] : 0.0f)", "0.0f"),
     Mutant("(1u << shift) - 1u", "(1u << shift)"),
@@ -53,7 +66,9 @@ WARP = [
     Mutant("w.sound = w.total > 0.0;  // NaN", "w.sound = 1;  // NaN"),
     Mutant("while (by_warp[first] != max) ++first;", "first = kWarps - 1;"),
     Mutant("min(start + kTile, vocab)", "start + kTile"),
-    Mutant("if (reader.at(id) == max) found = min(found, id);", "if (reader.at(id) == max) found = id;"),
+    Mutant(
+        "if (reader.at(id) == max) found = min(found, id);", "if (reader.at(id) == max) found = id;"
+    ),
     Mutant("found = __reduce_min_sync(kFullMask, found);", ""),
     Mutant("mass += x[i] > pivot ? e[i]", "mass += true ? e[i]"),
     Mutant("sums[j] += x > pivots[j] ? e : 0.0;", "sums[j] += e;"),
@@ -173,6 +188,7 @@ TREE = [
     Mutant("branches()[row].next > 0 && s.rest > 0.0", "branches()[row].next > 0"),
 ]
 PARTS = {"coins": COINS, "warp": WARP, "request": REQUEST, "chain": CHAIN, "tree": TREE}
+COINS_FIXTURE = Path(__file__).parents[3] / "tests/ladder/cuda_fixtures/verify_coins.cu"
 # The file that each part breaks.
 FILES = {part: f"verify-{part}.cuh" for part in PARTS} | {"chain": "verify.cu"}
 
@@ -190,7 +206,11 @@ def build(source: Path) -> CudaSim:
 
 def check(source: Path) -> None:
     """Raises where the kernels built from `source` are wrong."""
-    check_all(build(source))
+    sim = build(source)
+    if source.suffix == ".cuh":
+        for stream in (ACCEPT, RESAMPLE):
+            check_coin_bits(stream, [source.parent / "include"])
+    check_all(sim)
 
 
 def check_all(sim: CudaSim, order: str = "forward") -> None:
@@ -221,7 +241,8 @@ def cases() -> list[Case]:
     chosen = []
 
     def add(name: str, method: str, *shape: int, **more: Any) -> None:
-        chosen.append(table._case(name, *(shape or (8, 3, 300)), method, **more))
+        batch, slots, vocab = shape or (8, 3, 300)
+        chosen.append(table._case(name, batch, slots, vocab, method, **more))
 
     for method in ("token", "block", "typical"):
         add("plain", method)
@@ -273,10 +294,8 @@ def compare(sim: CudaSim, **arguments: Any) -> VerifyResult:
 def close(got: VerifyResult | Outputs, want: VerifyResult | Outputs) -> None:
     for name, x, y in zip(got._fields, got, want, strict=True):
         allowed = 2e-6 if x.is_floating_point() else 0.0
-        torch.testing.assert_close(
-            x, y.to(x.dtype), rtol=allowed, atol=allowed, equal_nan=True,
-            msg=lambda m, name=name: f"{name}: {m}",
-        )  # fmt: skip
+        same = torch.isclose(x, y.to(x.dtype), rtol=allowed, atol=allowed, equal_nan=True)
+        assert same.all(), f"{name} differs at {(~same).nonzero()[0].tolist()}"
 
 
 def check_faults(sim: CudaSim) -> None:
@@ -339,6 +358,20 @@ def check_small_residual(sim: CudaSim) -> None:
     assert int(found.num_accepted.sum()) == 0 and len(set(found.tokens[:, 0].tolist())) > 20
 
 
+def check_coin_bits(stream: int, include_dirs: Sequence[Path] = ()) -> None:
+    """Bit for bit those of the reference, with the generator's published answers among them."""
+    g = torch.Generator().manual_seed(7)
+    seed, position = torch.randint(-(2**62), 2**62, (2, 256), generator=g)
+    slot = torch.randint(0, 2**31, (256,), generator=g)
+    seed[0], position[0], slot[0] = 0, 0, 0
+    seed[1], position[1], slot[1] = -1, -1, 2**32 - 1
+    got = torch.empty(256, dtype=torch.float64)
+    sim = CudaSim.build(COINS_FIXTURE, hooks=True, include_dirs=include_dirs)
+    sim.call("pyd_coins", seed, position, slot, stream, got, 256)
+    assert torch.equal(got, coins(seed, position, slot, stream))
+    assert stream != ACCEPT or float(got[0]) == 0.39904647231489565
+
+
 def check_coins(sim: CudaSim) -> None:
     """Seeds and positions of more than 32 bits; the first token of a flat row is the coin."""
     seeds = torch.tensor([0, -1, 2**40 + 5, -(2**62)]).repeat(3)
@@ -349,7 +382,7 @@ def check_coins(sim: CudaSim) -> None:
     )  # fmt: skip
 
 
-def rejected(batch: int, slots: int, vocab: int, dtype: torch.dtype) -> dict[str, Tensor]:
+def rejected(batch: int, slots: int, vocab: int, dtype: torch.dtype) -> dict[str, Any]:
     """Requests whose first drafted token the target forbids."""
     g = torch.Generator().manual_seed(6)
     target = torch.randn(batch, slots + 1, vocab, generator=g).to(dtype)
