@@ -30,34 +30,41 @@ struct Slot {
 struct Branch {
   double ratio, rho, mass;     // p is [p - rho q]+ / mass
   double left;                 // q of what was not tried
+  double factor;               // of the mass that the last rejection has left
   int32_t begin, count, next;  // of the children that can be tested; the next to be
   int32_t open;                // the target's row was read
 };
 
+// Not by its parents: with no nodes there is no memory to point to.
+__host__ __device__ inline bool is_tree(const VerifyCall& call) {
+  return call.method >= kTargetOnly;
+}
+
 // Where everything lies in a request's scratch, in bytes.
 struct Layout {
-  int64_t branches, tokens, nodes, logits, bits, before, bytes;
+  int64_t branches, tokens, nodes, known, bytes;
 
   __host__ __device__ explicit Layout(const VerifyCall& call) {
-    const int64_t places = call.slots + 1, nodes_kept = call.parent ? call.slots : 0;
-    const int64_t words = call.support ? (call.vocab + 31) / 32 : 0;
+    const bool tree = is_tree(call);
+    const int64_t places = call.slots + 1, hung = tree ? call.slots : 0;
     branches = places * static_cast<int64_t>(sizeof(Slot));
-    tokens = branches + (call.parent ? places * static_cast<int64_t>(sizeof(Branch)) : 0);
-    nodes = tokens + nodes_kept * 8;
-    logits = nodes + nodes_kept * 4;
-    bits = logits + (call.support ? call.support_size * 4 : 0);
-    before = bits + words * 4;
-    bytes = (before + words * 4 + 7) / 8 * 8;
+    tokens = branches + (tree ? places * static_cast<int64_t>(sizeof(Branch)) : 0);
+    nodes = tokens + hung * 8;
+    known = nodes + hung * 4;
+    const int64_t numbers = call.support ? call.support_size + (call.vocab + 31) / 32 * 2 : 0;
+    bytes = (known + numbers * 4 + 7) / 8 * 8;
   }
 };
 
-// The tokens of a draft's row that is known on a few; false where an id is outside the vocabulary
-// or comes twice. Ids below 0 mark empty slots. `count`: how many there are.
+// How many tokens a draft's row has that is known on a few; -1 where an id is outside the
+// vocabulary or comes twice. Ids below 0 mark empty slots.
 template <class S>
-__device__ bool map_support(const int64_t* ids, const S* row, int64_t size, int vocab,
-                            unsigned* bits, int* before, float* logits, int& count) {
+__device__ int map_support(const int64_t* ids, const S* row, int64_t size, int vocab,
+                           const Known& known) {
   __shared__ int sums[kWarps];
-  const int words = (vocab + 31) / 32, thread = static_cast<int>(threadIdx.x);
+  unsigned* const bits = known.bits;
+  int* const before = known.before();
+  const int words = known.words, thread = static_cast<int>(threadIdx.x);
   __syncthreads();  // the last row's may still be in use
   for (int i = thread; i < words; i += kBlock) bits[i] = 0;
   __syncthreads();
@@ -68,7 +75,7 @@ __device__ bool map_support(const int64_t* ids, const S* row, int64_t size, int 
     const unsigned bit = 1u << (id % 32);
     wrong = wrong || id >= vocab || (atomicOr(bits + id / 32, bit) & bit);
   }
-  if (__syncthreads_or(wrong)) return false;
+  if (__syncthreads_or(wrong)) return -1;
   // A thread counts a run of words, then adds what the threads before it have counted.
   const int run = (words + kBlock - 1) / kBlock;
   const int begin = min(thread * run, words), end = min(begin + run, words);
@@ -82,8 +89,7 @@ __device__ bool map_support(const int64_t* ids, const S* row, int64_t size, int 
   }
   if (lane() == kWarp - 1) sums[warp()] = sum;
   __syncthreads();
-  count = 0;
-  int at = sum - mine;
+  int count = 0, at = sum - mine;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     if (i < warp()) at += sums[i];
@@ -98,10 +104,10 @@ __device__ bool map_support(const int64_t* ids, const S* row, int64_t size, int 
     const int64_t id = ids[j];
     if (id < 0) continue;
     const unsigned below = bits[id / 32] & ((1u << (id % 32)) - 1u);
-    logits[before[id / 32] + __popc(below)] = to_float(row[j]);
+    known.logits()[before[id / 32] + __popc(below)] = to_float(row[j]);
   }
   __syncthreads();
-  return true;
+  return count;
 }
 
 // p and q of two rows and what is left of p, in fp32. Products are rounded on their own, so that
@@ -267,18 +273,12 @@ __device__ int64_t draw(const Weights<S>& weights, const double* parts, double c
 template <class S>
 class Request {
  protected:
-  __device__ Request(const VerifyCall& call)
+  __device__ explicit Request(const VerifyCall& call)
       : call_(call),
-        index_(blockIdx.x),
-        scratch_(static_cast<char*>(call.scratch) + index_ * Layout(call).bytes),
+        scratch_(static_cast<char*>(call.scratch) + blockIdx.x * Layout(call).bytes),
         slots_(reinterpret_cast<Slot*>(scratch_)),
-        warpers_(call.warpers + index_ * call.warper_step),
-        seed_(call.seed[index_ * call.seed_step]),
-        position_(call.position[index_ * call.position_step]),
-        drafted_(min(call.num_drafted[index_ * call.drafted_step], call.slots)),
-        vocab_(static_cast<int>(call.vocab)),
-        pointed_(!call.draft || warpers_[kTemperature] == 0.0 ||
-                 warpers_[kWarpers + kTemperature] == 0.0) {
+        pointed_(!call.draft || warpers()[kTemperature] == 0.0 ||
+                 warpers()[kWarpers + kTemperature] == 0.0) {
     clear();
   }
 
@@ -290,42 +290,49 @@ class Request {
     __syncthreads();
   }
 
-  __device__ int64_t at(int64_t row) const { return index_ * (call_.slots + 1) + row; }
-  __device__ int64_t draft_at(int64_t slot) const { return index_ * call_.slots + slot; }
+  // What a call says is looked up again where it is needed: registers are few, and constants near.
+  __device__ int64_t index() const { return blockIdx.x; }
+  __device__ int vocab() const { return static_cast<int>(call_.vocab); }
+  __device__ const double* warpers() const { return call_.warpers + index() * call_.warper_step; }
+  __device__ int64_t drafted() const {
+    return min(call_.num_drafted[index() * call_.drafted_step], call_.slots);
+  }
+  __device__ int64_t at(int64_t row) const { return index() * (call_.slots + 1) + row; }
+  __device__ int64_t draft_at(int64_t slot) const { return index() * call_.slots + slot; }
+
+  __device__ double coin_of(int64_t slot, Stream stream) const {
+    return coin(call_.seed[index() * call_.seed_step],
+                call_.position[index() * call_.position_step], slot, stream);
+  }
 
   __device__ Reader<S> target(int64_t row) const {
-    const S* data = static_cast<const S*>(call_.target) + index_ * call_.target_request_stride;
-    const float* bias = call_.logit_bias ? call_.logit_bias + index_ * call_.bias_step : nullptr;
-    return {data + row * call_.target_row_stride, bias, {}, vocab_, vocab_};
+    const S* data = static_cast<const S*>(call_.target) + index() * call_.target_request_stride;
+    const float* bias = call_.logit_bias ? call_.logit_bias + index() * call_.bias_step : nullptr;
+    return {data + row * call_.target_row_stride, bias, {}, vocab()};
   }
 
   __device__ const S* draft_row(int64_t row) const {
-    return static_cast<const S*>(call_.draft) + index_ * call_.draft_request_stride +
+    return static_cast<const S*>(call_.draft) + index() * call_.draft_request_stride +
            row * call_.draft_row_stride;
+  }
+
+  __device__ Known known() const {
+    if (!call_.support) return {};
+    return {reinterpret_cast<unsigned*>(scratch_ + Layout(call_).known), (vocab() + 31) / 32};
   }
 
   __device__ Reader<S> draft(int64_t row) const {
     if (!call_.draft) return target(row);  // never read
-    Known known{};
-    if (call_.support) {
-      const Layout layout(call_);
-      known = {reinterpret_cast<unsigned*>(scratch_ + layout.bits),
-               reinterpret_cast<int*>(scratch_ + layout.before),
-               reinterpret_cast<float*>(scratch_ + layout.logits)};
-    }
-    return {draft_row(row), nullptr, known, vocab_, call_.support ? known_ : vocab_};
+    return {draft_row(row), nullptr, known(), vocab()};
   }
 
-  // Makes a row of the draft that is known on a few tokens the one that can be read.
-  __device__ bool map_draft(int64_t row) {
-    if (!call_.support) return true;
-    const Layout layout(call_);
+  // Makes a row of the draft that is known on a few tokens the one that can be read; -1 where they
+  // cannot be those of a distribution, else how many tokens there are.
+  __device__ int map_draft(int64_t row) {
+    if (!call_.support) return vocab();
     const int64_t* ids =
-        call_.support + index_ * call_.support_request_step + row * call_.support_row_step;
-    return map_support(ids, draft_row(row), call_.support_size, vocab_,
-                       reinterpret_cast<unsigned*>(scratch_ + layout.bits),
-                       reinterpret_cast<int*>(scratch_ + layout.before),
-                       reinterpret_cast<float*>(scratch_ + layout.logits), known_);
+        call_.support + index() * call_.support_request_step + row * call_.support_row_step;
+    return map_support(ids, draft_row(row), call_.support_size, vocab(), known());
   }
 
   // The rows of a place that are asked for, the target's first; stops at one without a softmax.
@@ -333,28 +340,24 @@ class Request {
     Slot& s = slots_[row];
 #pragma unroll 1
     for (int side = target_too ? 0 : 1; side < (draft_too ? 2 : 1); ++side) {
-      Warped w{1.0, 0.0, 0.0f, -INFINITY, -1, 0};
-      if (side == 0 || map_draft(row)) {
-        const Reader<S> reader = side == 0 ? target(row) : draft(row);
-        w = warp_row(reader, warpers_ + side * kWarpers, side == 0 ? s.masses : nullptr);
+      if (side == 0) {
+        alone([&] {
+          s.q = {1.0, 1.0, 0.0f, -INFINITY, -1, 0};
+          s.scale = 1.0;
+          s.px = s.qx = s.overlap = s.rest = s.bias = 0.0;
+          s.tried = nullptr, s.tried_count = 0, s.exact = 0;
+        });
       }
-      alone([&] {
-        if (side == 1) {
-          s.q = w;
-          return;
-        }
-        s.p = w;
-        s.q = {1.0, 1.0, 0.0f, -INFINITY, -1, 0};
-        s.scale = 1.0;
-        s.px = s.qx = s.overlap = s.rest = s.bias = 0.0;
-        s.tried = nullptr, s.tried_count = 0, s.exact = 0;
-      });
-      if (!w.sound) return;
+      const int tokens = side == 0 ? vocab() : map_draft(row);
+      if (tokens < 0) return;
+      warp_row(side == 0 ? target(row) : draft(row), tokens, warpers() + side * kWarpers,
+               side == 0 ? s.p : s.q, side == 0 ? s.masses : nullptr);
+      if (side == 0 && !s.p.sound) return;
     }
   }
 
   __device__ bool flip(int64_t slot, double num, double den) const {
-    return coin(seed_, position_, slot, kAcceptStream) * den < num;
+    return coin_of(slot, kAcceptStream) * den < num;
   }
 
   // sum min(p, q) and what is left of p; returns the extra.
@@ -373,10 +376,10 @@ class Request {
     __shared__ double scratch[2 * kWarps], parts[kWarps];
     Slot& s = slots_[row];
     const Reader<S> p = target(row), q = draft(row);
-    const int tiles = tiles_of(vocab_);
+    const int tiles = tiles_of(vocab());
     if (!s.exact) {
       double sums[2] = {0.0, 0.0};
-      sweep_ids(0, tiles, vocab_, [&](int id) {
+      sweep_ids(0, tiles, vocab(), [&](int id) {
         sums[0] += s.p.weight(p.at(id));
         sums[1] += s.q.weight(q.at(id));
       });
@@ -385,7 +388,7 @@ class Request {
     }
     const PairExactly pair(s);
     double untried[1] = {0.0}, sum = 0.0;
-    sweep_ids(0, tiles, vocab_, [&](int id) {
+    sweep_ids(0, tiles, vocab(), [&](int id) {
       const float y = q.at(id);
       sum += pair.left(s, p.at(id), y);
       bool tried = count == 0;
@@ -411,7 +414,7 @@ class Request {
       s.tried = tokens, s.tried_count = count;
     });
     const int64_t token = tokens[count - 1];
-    const int tiles = tiles_of(vocab_), run = run_of(tiles);
+    const int tiles = tiles_of(vocab()), run = run_of(tiles);
     const int part = static_cast<int>(token / kTile) / run;
     const Reader<S> p = target(row);
     const Weights<S> weights(s, p, p, kWithoutTried);
@@ -451,11 +454,10 @@ class Request {
           !left ? kAll : (s.q.point >= 0 ? kWithoutTried : (s.exact ? kLeftExactly : kLeft));
       const Reader<S> p = target(row), q = draft(row);
       const Weights<S> weights(s, p, q, source);
-      token =
-          draw(weights, left ? s.residual : s.masses, coin(seed_, position_, row, kResampleStream));
+      token = draw(weights, left ? s.residual : s.masses, coin_of(row, kResampleStream));
     }
     alone([&] {
-      call_.num_accepted[index_] = accepted;
+      call_.num_accepted[index()] = accepted;
       if (!s.p.sound) {
         call_.flags[at(row)] |= kBadTarget;
         return;
@@ -466,14 +468,9 @@ class Request {
   }
 
   const VerifyCall& call_;
-  const int64_t index_;
   char* const scratch_;
   Slot* const slots_;
-  const double* const warpers_;
-  const int64_t seed_, position_, drafted_;
-  const int vocab_;
   const bool pointed_;  // drafted tokens are point masses
-  int known_ = 0;       // tokens of the draft's row that can be read
 
  private:
   __device__ void clear() {

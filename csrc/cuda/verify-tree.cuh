@@ -19,40 +19,42 @@ class Tree : Request<S> {
   using Base::slots_;
 
  public:
-  __device__ explicit Tree(const VerifyCall& call)
-      : Base(call),
-        parent_(call.parent + this->index_ * call.parent_step),
-        branches_(reinterpret_cast<Branch*>(this->scratch_ + Layout(call).branches)),
-        tokens_(reinterpret_cast<int64_t*>(this->scratch_ + Layout(call).tokens)),
-        nodes_(reinterpret_cast<int32_t*>(this->scratch_ + Layout(call).nodes)) {}
+  __device__ explicit Tree(const VerifyCall& call) : Base(call) {
+    const Layout layout(call);
+    this->alone([&] {
+      here() = {call.parent + this->index() * call.parent_step,
+                reinterpret_cast<Branch*>(this->scratch_ + layout.branches),
+                reinterpret_cast<int64_t*>(this->scratch_ + layout.tokens),
+                reinterpret_cast<int32_t*>(this->scratch_ + layout.nodes)};
+    });
+  }
 
   // One loop, in which each step says what the next has to do at which row.
   __device__ void run() {
-    this->alone([&] { hang(); });
-    Next next{kEnter, 0, 1.0};
-    int64_t accepted = 0;
+    this->alone([&] {
+      hang();
+      branches()[0].ratio = 1.0;
+    });
+    Next next{kEnter, 0};
+    int32_t accepted = 0;
     int32_t mapped = -1;  // the row of the draft that can be read
     while (true) {
       const int32_t row = next.row;
-      Branch& b = branches_[row];
-      if (next.step == kEnter) this->alone([&] { open(row, next.ratio); });
-      const bool arrives = next.step == kEnter && b.count > 0;
+      if (next.step == kEnter) this->alone([&] { open(row); });
+      const bool arrives = next.step == kEnter && branches()[row].count > 0;
       if (arrives || next.step == kEnd) {
-        const bool unread = !b.open;
-        this->read(row, unread, arrives && !this->pointed_);
-        this->alone([&] { b.open = 1; });
+        this->read(row, !branches()[row].open, arrives && !this->pointed_);
+        this->alone([&] { branches()[row].open = 1; });
       } else if (next.step == kReject && !this->pointed_ && mapped != row) {
         this->map_draft(row);
       }
       mapped = row;
       if (next.step == kEnd) break;
       if (arrives) this->alone([&] { judge(row); });
-      bool weighed = arrives && b.count > 0 && !this->pointed_;
-      const Lost lost = next.step == kReject ? reject(row) : Lost{};
-      weighed = weighed || (next.step == kReject && lost.weighs);
-      if (weighed) this->weigh(row);
-      if (next.step == kReject) settle(row, lost);
-      if (arrives && b.count > 0) this->alone([&] { this->report(slots_[row], row); });
+      const bool tests = arrives && branches()[row].count > 0;
+      if (next.step == kReject ? reject(row) : tests && !this->pointed_) this->weigh(row);
+      if (next.step == kReject) settle(row);
+      if (tests) this->alone([&] { this->report(slots_[row], row); });
       next = decide(row, accepted);
     }
     finish(next.row, accepted);
@@ -63,44 +65,53 @@ class Tree : Request<S> {
   struct Next {
     Step step;
     int32_t row;
-    double ratio;  // of the path, where a row is entered
-  };
-
-  // A child that has failed.
-  struct Lost {
-    bool weighs;  // what is left has to be summed
-    double k, left;
   };
 
   // What is left where fp32 sums, which are good to about 1e-7, no longer decide.
   static constexpr double kSmall = 0.1;
 
+  // Where the request's tree lies; in shared memory, for registers are few.
+  struct Places {
+    const int32_t* parents;  // [N]
+    Branch* branches;        // [N + 1]
+    int64_t* tokens;         // [N], by row
+    int32_t* nodes;          // [N], of these
+  };
+  __device__ static Places& here() {
+    __shared__ Places places;
+    return places;
+  }
+  __device__ static const int32_t* parents() { return here().parents; }
+  __device__ static Branch* branches() { return here().branches; }
+  __device__ static int64_t* tokens() { return here().tokens; }
+  __device__ static int32_t* nodes() { return here().nodes; }
+
   __device__ bool is_sane(int64_t node) const {
-    return parent_[node] >= -1 && parent_[node] < node;
+    return parents()[node] >= -1 && parents()[node] < node;
   }
 
   // Children by row, in order of index.
   __device__ void hang() {
-    for (int64_t r = 0; r <= call_.slots; ++r) branches_[r] = Branch{};
-    for (int64_t i = 0; i < this->drafted_; ++i) {
+    for (int64_t r = 0; r <= call_.slots; ++r) branches()[r] = Branch{};
+    for (int64_t i = 0; i < this->drafted(); ++i) {
       if (call_.ids[this->draft_at(i)] == -1) continue;
       if (is_sane(i)) {
-        ++branches_[parent_[i] + 1].count;
+        ++branches()[parents()[i] + 1].count;
       } else {
         call_.flags[this->at(0)] |= kBadParent;
       }
     }
     int32_t begin = 0;
     for (int64_t r = 0; r <= call_.slots; ++r) {
-      branches_[r].begin = begin;
-      begin += branches_[r].count;
-      branches_[r].count = 0;
+      branches()[r].begin = begin;
+      begin += branches()[r].count;
+      branches()[r].count = 0;
     }
-    for (int64_t i = 0; i < this->drafted_; ++i) {
+    for (int64_t i = 0; i < this->drafted(); ++i) {
       if (call_.ids[this->draft_at(i)] == -1 || !is_sane(i)) continue;
-      Branch& b = branches_[parent_[i] + 1];
-      nodes_[b.begin + b.count] = static_cast<int32_t>(i);
-      tokens_[b.begin + b.count++] = call_.ids[this->draft_at(i)];
+      Branch& b = branches()[parents()[i] + 1];
+      nodes()[b.begin + b.count] = static_cast<int32_t>(i);
+      tokens()[b.begin + b.count++] = call_.ids[this->draft_at(i)];
     }
   }
 
@@ -110,30 +121,30 @@ class Tree : Request<S> {
     const int32_t end = b.begin + b.count;
     b.count = 0;
     for (int32_t j = b.begin; j < end; ++j) {
-      if (!keep(tokens_[j])) continue;
-      nodes_[b.begin + b.count] = nodes_[j];
-      tokens_[b.begin + b.count++] = tokens_[j];
+      if (!keep(tokens()[j])) continue;
+      nodes()[b.begin + b.count] = nodes()[j];
+      tokens()[b.begin + b.count++] = tokens()[j];
     }
   }
 
   // The walk comes to a row: which children are tokens, and each once.
-  __device__ void open(int32_t row, double ratio) {
-    Branch& b = branches_[row];
-    b.ratio = ratio, b.mass = b.left = 1.0;
+  __device__ void open(int32_t row) {
+    Branch& b = branches()[row];
+    b.mass = b.left = 1.0;
     filter(b, [&](int64_t token) {
       if (!is_inside(token, call_.vocab)) {
         call_.flags[this->at(row)] |= kBadId;
         return false;
       }
       for (int32_t j = 0; j < b.count; ++j)
-        if (tokens_[b.begin + j] == token) return false;
+        if (tokens()[b.begin + j] == token) return false;
       return true;
     });
   }
 
   // The rows are read: which children can be tested.
   __device__ void judge(int32_t row) {
-    Branch& b = branches_[row];
+    Branch& b = branches()[row];
     Slot& s = slots_[row];
     int32_t& flags = call_.flags[this->at(row)];
     if (!s.p.sound || (!this->pointed_ && !s.q.sound)) {
@@ -143,7 +154,7 @@ class Tree : Request<S> {
     }
     s.scale = b.ratio;
     if (this->pointed_) {
-      s.q.point = static_cast<int32_t>(tokens_[b.begin]);
+      s.q.point = static_cast<int32_t>(tokens()[b.begin]);
       for (int32_t j = 0; j < b.count; ++j) s.overlap += target_of(row, j);
       return;
     }
@@ -156,74 +167,73 @@ class Tree : Request<S> {
 
   // p of a child's token.
   __device__ double target_of(int32_t row, int32_t child) const {
-    return probability_of(slots_[row].p, this->target(row), tokens_[branches_[row].begin + child]);
+    return probability_of(slots_[row].p, this->target(row),
+                          tokens()[branches()[row].begin + child]);
   }
 
   // Odds of the next child: it passes when coin * den < num.
   __device__ void odds(int32_t row, double& num, double& den) const {
-    const Branch& b = branches_[row];
+    const Branch& b = branches()[row];
     const double px = target_of(row, b.next);
     if (this->pointed_) {
       num = b.ratio * px, den = b.mass;
       return;
     }
-    const int64_t token = tokens_[b.begin + b.next];
+    const int64_t token = tokens()[b.begin + b.next];
     const double qx = probability_of(slots_[row].q, this->draft(row), token);
     num = b.ratio * fmax(px - b.rho * qx, 0.0), den = b.mass * qx / b.left;
   }
 
-  // The next child has failed: what has to be known of the rest.
-  __device__ Lost reject(int32_t row) {
-    Branch& b = branches_[row];
+  // The next child has failed. Returns whether what is left has to be summed.
+  __device__ bool reject(int32_t row) {
+    Branch& b = branches()[row];
     Slot& s = slots_[row];
-    Lost lost{};
-    const int64_t token = tokens_[b.begin + b.next];
-    if (!this->pointed_) {
-      lost.weighs = b.next > 0 && !s.exact;
-      lost.k = b.rho * b.ratio + b.mass / b.left;
-      lost.left = b.left - probability_of(s.q, this->draft(row), token);
-    }
+    const bool weighs = !this->pointed_ && b.next > 0 && !s.exact;
     this->alone([&] {
-      ++b.next;
-      if (!this->pointed_) s.scale = b.ratio / lost.k;
+      const int64_t token = tokens()[b.begin + b.next++];
+      if (this->pointed_) return;
+      b.factor = b.rho * b.ratio + b.mass / b.left;
+      b.left -= probability_of(s.q, this->draft(row), token);
+      s.scale = b.ratio / b.factor;
     });
-    return lost;
+    return weighs;
   }
 
-  __device__ void settle(int32_t row, const Lost& lost) {
-    Branch& b = branches_[row];
+  __device__ void settle(int32_t row) {
+    Branch& b = branches()[row];
     Slot& s = slots_[row];
-    double mass = 0.0, rho = 0.0, left = lost.left, z = 0.0;
+    double left = b.left, z = 0.0;
     if (this->pointed_) {
       if (s.p.point >= 0) {
-        const double rest = b.mass - (tokens_[b.begin + b.next - 1] == s.p.point ? 1.0 : 0.0);
+        const double rest = b.mass - (tokens()[b.begin + b.next - 1] == s.p.point ? 1.0 : 0.0);
         this->alone([&] { s.rest = rest; });
       } else {
-        this->remove(row, tokens_ + b.begin, b.next);
+        this->remove(row, tokens() + b.begin, b.next);
       }
-      mass = s.rest, z = b.ratio * s.rest / b.mass;
+      z = b.ratio * s.rest / b.mass;
     } else {
-      z = s.rest * lost.k / b.mass;
+      z = s.rest * b.factor / b.mass;
       const bool more = b.next < b.count && (s.rest < kSmall * s.scale || left < kSmall);
       if (s.exact || more || (b.ratio < 1.0 && z + (1.0 - b.ratio) < kSmall))
-        left = this->refine(row, tokens_ + b.begin, b.next);
-      mass = s.rest / s.scale, rho = 1.0 / s.scale, z = s.rest * lost.k / b.mass;
+        left = this->refine(row, tokens() + b.begin, b.next);
+      z = s.rest * b.factor / b.mass;
     }
     const bool sure = z == 0.0 && b.ratio == 1.0;
     const double ratio = sure ? 1.0 : z / (z + (1.0 - b.ratio));
     this->alone([&] {
       if (call_.method == kTraversal) b.ratio = ratio;
-      b.mass = mass, b.rho = rho, b.left = left;
+      b.mass = this->pointed_ ? s.rest : s.rest / s.scale;
+      b.rho = 1.0 / s.scale, b.left = left;
       if (!(s.rest > 0.0)) b.count = b.next;  // nothing is left for siblings
     });
   }
 
   // What comes next, from what is known of a row.
-  __device__ Next decide(int32_t row, int64_t& accepted) {
-    const Branch& b = branches_[row];
+  __device__ Next decide(int32_t row, int32_t& accepted) {
+    const Branch& b = branches()[row];
     if (call_.method == kTraversal) return traverse(row, accepted);
     if (call_.method == kTargetOnly) {
-      const double u = coin(this->seed_, this->position_, row, kAcceptStream);
+      const double u = this->coin_of(row, kAcceptStream);
       double sum = 0.0;
       for (int32_t j = 0; b.next == 0 && j < b.count; ++j) {
         sum += target_of(row, j);
@@ -232,56 +242,56 @@ class Tree : Request<S> {
     } else if (b.next < b.count) {
       double num, den;
       odds(row, num, den);
-      if (this->flip(nodes_[b.begin + b.next], num, den)) return accept(row, b.next, accepted);
+      if (this->flip(nodes()[b.begin + b.next], num, den)) return accept(row, b.next, accepted);
     }
-    return {b.next < b.count ? kReject : kEnd, row, 0.0};
+    return {b.next < b.count ? kReject : kEnd, row};
   }
 
-  __device__ Next accept(int32_t row, int32_t child, int64_t& accepted) {
-    const int32_t node = nodes_[branches_[row].begin + child];
-    this->alone([&] { keep(node, accepted); });
+  __device__ Next accept(int32_t row, int32_t child, int32_t& accepted) {
+    const int32_t node = nodes()[branches()[row].begin + child];
+    this->alone([&] {
+      keep(node, accepted);
+      branches()[node + 1].ratio = 1.0;
+    });
     ++accepted;
-    return {kEnter, node + 1, 1.0};
+    return {kEnter, node + 1};
   }
 
   // Nodes after their children.
-  __device__ Next traverse(int32_t row, int64_t& accepted) {
-    const Branch& b = branches_[row];
+  __device__ Next traverse(int32_t row, int32_t& accepted) {
+    const Branch& b = branches()[row];
     if (b.next < b.count && b.ratio > 0.0) {
       double num, den;
       odds(row, num, den);
       const double ratio = fmin(1.0, num / den);
-      if (ratio > 0.0) return {kEnter, nodes_[b.begin + b.next] + 1, ratio};
-      return {kReject, row, 0.0};
+      if (!(ratio > 0.0)) return {kReject, row};
+      const int32_t child = nodes()[b.begin + b.next] + 1;
+      this->alone([&] { branches()[child].ratio = ratio; });
+      return {kEnter, child};
     }
-    if (row > 0 && !this->flip(row - 1, b.ratio, 1.0)) return {kReject, parent_[row - 1] + 1, 0.0};
-    for (int32_t r = row; r > 0; r = parent_[r - 1] + 1) ++accepted;
+    if (row > 0 && !this->flip(row - 1, b.ratio, 1.0)) return {kReject, parents()[row - 1] + 1};
+    for (int32_t r = row; r > 0; r = parents()[r - 1] + 1) ++accepted;
     this->alone([&] {
       int64_t offset = accepted;
-      for (int32_t r = row; r > 0; r = parent_[r - 1] + 1) keep(r - 1, --offset);
+      for (int32_t r = row; r > 0; r = parents()[r - 1] + 1) keep(r - 1, --offset);
     });
-    return {kEnd, row, 0.0};
+    return {kEnd, row};
   }
 
   __device__ void keep(int32_t node, int64_t offset) {
     call_.path[this->draft_at(offset)] = node;
-    this->emit(parent_[node] + 1, offset, call_.ids[this->draft_at(node)]);
+    this->emit(parents()[node] + 1, offset, call_.ids[this->draft_at(node)]);
   }
 
-  __device__ void finish(int32_t row, int64_t accepted) {
+  __device__ void finish(int32_t row, int32_t accepted) {
     const Slot& s = slots_[row];
-    bool left = branches_[row].next > 0 && s.rest > 0.0;
+    bool left = branches()[row].next > 0 && s.rest > 0.0;
     if (left && s.rest < 1e-3 && !this->pointed_ && !s.exact) {
       this->refine(row);
       left = s.rest > 0.0;
     }
     this->emit_last(row, accepted, left);
   }
-
-  const int32_t* const parent_;
-  Branch* const branches_;  // [N + 1]
-  int64_t* const tokens_;   // [N], by row
-  int32_t* const nodes_;    // [N], of these
 };
 
 }  // namespace

@@ -71,12 +71,16 @@ __device__ __forceinline__ double sum_by_warp(double mine, double (&parts)[kWarp
   return sum;
 }
 
-// The tokens of a draft that is known on a few: a bit for each id, how many bits are set before
-// each word of them, and the logits in order of id.
+// The tokens of a draft that is known on a few: a bit for each id, then how many bits are set
+// before each word of them, then the logits in order of id.
 struct Known {
-  const unsigned* bits;  // null: all tokens are known
-  const int* before;
-  const float* logits;
+  unsigned* bits;  // null: all tokens are known
+  int words;
+
+  __device__ __forceinline__ int* before() const { return reinterpret_cast<int*>(bits + words); }
+  __device__ __forceinline__ float* logits() const {
+    return reinterpret_cast<float*>(bits + 2 * static_cast<int64_t>(words));
+  }
 };
 
 // One row of logits, and what is added to it; -inf where the row is not known.
@@ -85,7 +89,7 @@ struct Reader {
   const S* row;
   const float* bias;  // or null
   Known known;
-  int vocab, tokens;  // ids, and how many of them are known
+  int vocab;
 
   __device__ __forceinline__ void load(int start, float (&x)[kTile]) const {
     if (known.bits) {
@@ -93,9 +97,9 @@ struct Reader {
       const int shift = start % 32;
       const unsigned mine = word >> shift & 0xffu;
       int at = 0;
-      if (mine) at = known.before[start / 32] + __popc(word & ((1u << shift) - 1u));
+      if (mine) at = known.before()[start / 32] + __popc(word & ((1u << shift) - 1u));
 #pragma unroll
-      for (int i = 0; i < kTile; ++i) x[i] = mine >> i & 1u ? known.logits[at++] : -INFINITY;
+      for (int i = 0; i < kTile; ++i) x[i] = mine >> i & 1u ? known.logits()[at++] : -INFINITY;
       return;
     }
     load_tile(row, start, vocab, is_wide_aligned(row), -INFINITY, x);
@@ -110,7 +114,7 @@ struct Reader {
     if (known.bits) {
       const unsigned word = known.bits[id / 32], bit = 1u << (id % 32);
       if (!(word & bit)) return -INFINITY;
-      return known.logits[known.before[id / 32] + __popc(word & (bit - 1u))];
+      return known.logits()[known.before()[id / 32] + __popc(word & (bit - 1u))];
     }
     return to_float(row[id]) + (bias ? bias[id] : 0.0f);
   }
@@ -188,7 +192,7 @@ __device__ int find_maximum(const Reader<S>& reader, float max, const float* by_
 
 // The one read of memory: maximum and mass of a row without filters, and its token if greedy.
 template <class S>
-__device__ Warped read_row(const Reader<S>& reader, double temperature, double* masses) {
+__device__ void read_row(const Reader<S>& reader, double temperature, Warped& row, double* masses) {
   __shared__ float by_warp[kWarps];
   __shared__ double parts[kWarps];
   const bool greedy = temperature == 0.0;
@@ -222,7 +226,8 @@ __device__ Warped read_row(const Reader<S>& reader, double temperature, double* 
   w.total = sum_by_warp(z * weight.below(max - w.max), parts, masses);
   w.sound = w.total > 0.0;  // NaN and +inf made the sum NaN
   if (w.sound && greedy) w.point = find_maximum(reader, w.max, by_warp);
-  return w;
+  if (threadIdx.x == 0) row = w;
+  __syncthreads();
 }
 
 // The masses once the cut is known.
@@ -253,27 +258,29 @@ __device__ __forceinline__ float float_at(int64_t order) {
   return __uint_as_float(static_cast<unsigned>(bits) | (order >= 0 ? 0u : 0x80000000u));
 }
 
-// Of what a row keeps: tokens and mass above each pivot, and the mass of all.
+// Of what a row keeps: mass and tokens above each pivot, and the mass of all.
 struct Above {
-  double mass[kPivots], tokens[kPivots], total;
+  double mass[kPivots + 1], tokens[kPivots];
 };
 
+// Every thread must call; `found` lies in shared memory, as `pivots` do.
 template <class S>
-__device__ Above pass_pivots(const Reader<S>& reader, const Warped& w, bool exactly,
-                             const float (&pivots)[kPivots]) {
-  constexpr int kSums = 2 * kPivots + 1;
-  __shared__ double scratch[kSums * kWarps];
-  double sums[kSums] = {};
+__device__ void pass_pivots(const Reader<S>& reader, const Warped& w, bool exactly,
+                            const float (&pivots)[kPivots], Above& found) {
+  __shared__ double masses[(kPivots + 1) * kWarps];
+  __shared__ int counts[kPivots * kWarps];
+  double sums[kPivots + 1] = {};
+  int tokens[kPivots] = {};
   const int tiles = tiles_of(reader.vocab);
   if (exactly) {
     sweep_ids(0, tiles, reader.vocab, [&](int id) {
       const float x = reader.at(id);
       const double e = w.weight(x);
-      sums[2 * kPivots] += e;
+      sums[kPivots] += e;
 #pragma unroll
       for (int j = 0; j < kPivots; ++j) {
         sums[j] += x > pivots[j] ? e : 0.0;
-        sums[kPivots + j] += x > pivots[j];
+        tokens[j] += x > pivots[j];
       }
     });
   } else {
@@ -286,36 +293,39 @@ __device__ Above pass_pivots(const Reader<S>& reader, const Warped& w, bool exac
         e[i] = weight(x[i]);
         all += e[i];
       }
-      sums[2 * kPivots] += all;
+      sums[kPivots] += all;
 #pragma unroll
       for (int j = 0; j < kPivots; ++j) {
+        const float pivot = pivots[j];
         float mass = 0.0f;
-        int tokens = 0;
 #pragma unroll
         for (int i = 0; i < kTile; ++i) {
-          const bool above = x[i] > pivots[j];
-          mass += above ? e[i] : 0.0f;
-          tokens += above;
+          mass += x[i] > pivot ? e[i] : 0.0f;
+          tokens[j] += x[i] > pivot;
         }
         sums[j] += mass;
-        sums[kPivots + j] += tokens;
       }
     });
   }
-  block_reduce_each<kBlock>(sums, Sum{}, scratch);
-  Above found;
 #pragma unroll
-  for (int j = 0; j < kPivots; ++j) found.mass[j] = sums[j], found.tokens[j] = sums[kPivots + j];
-  found.total = sums[2 * kPivots];
-  return found;
+  for (int j = 0; j <= kPivots; ++j) {
+    sums[j] = warp_reduce(sums[j], Sum{});
+    if (lane() == 0) masses[j * kWarps + warp()] = sums[j];
+    if (j == kPivots) break;
+    tokens[j] = __reduce_add_sync(kFullMask, tokens[j]);
+    if (lane() == 0) counts[j * kWarps + warp()] = tokens[j];
+  }
+  __syncthreads();
+  const int j = static_cast<int>(threadIdx.x);
+  if (j <= kPivots) {
+    double mass = 0.0, count = 0.0;
+    for (int i = 0; i < kWarps; ++i) mass += masses[j * kWarps + i];
+    for (int i = 0; j < kPivots && i < kWarps; ++i) count += counts[j * kWarps + i];
+    found.mass[j] = mass;
+    if (j < kPivots) found.tokens[j] = count;
+  }
+  __syncthreads();
 }
-
-// What a search for a cut asks of the weight above a logit: less than `limit`, in tokens (top-k) or
-// in mass (top-p). `doubt`: how far sums of fp32 terms can be from the limit and still be wrong.
-struct Bound {
-  double limit, doubt;
-  __device__ bool doubts(double weight) const { return fabs(weight - limit) <= doubt; }
-};
 
 // The logits of a row in [bottom, top], few enough to be compared with each other.
 struct Candidates {
@@ -351,110 +361,160 @@ __device__ Candidates collect(const Reader<S>& reader, const Warped& w, bool by_
   return {logits, weights, count};
 }
 
-// The smallest of the candidates with less than the limit above it; `above` is the weight above all
-// of them, `top` what is returned for none. `sure`: no comparison was in doubt.
-__device__ inline float choose(const Candidates& from, double above, float top, const Bound& bound,
-                               bool& sure) {
+// Where a search for the smallest logit v stands for which less than `limit`, in tokens (top-k) or
+// in mass (top-p), lies above v. v is bracketed between orders (low, high]: less than the limit
+// lies above high, not so above low. Sums of fp32 terms can be as far from the limit as `doubt` and
+// still be wrong.
+struct Search {
+  int64_t low, high;
+  double above_high, tokens_above_high, tokens_above_low, limit, doubt;
+  int32_t by_mass;
+  int32_t passes;   // so far
+  int32_t exactly;  // in fp64
+  int32_t again;    // the bracket stands, and only what lies above high is in doubt
+
+  __device__ void begin(const Warped& w) {
+    low = order_of(w.cut) - 1, high = order_of(w.max);
+    above_high = tokens_above_high = 0.0, tokens_above_low = INFINITY;
+    passes = again = 0;
+  }
+
+  __device__ void move(const Warped& w, double share, const int64_t* orders, const Above& found) {
+    if (exactly) limit = share * found.mass[kPivots], doubt = 0.0;
+    ++passes;
+    if (again) {
+      above_high = found.mass[0];
+      again = 0;
+      return;
+    }
+    const int64_t before = high - low;
+    bool falls = true;  // of the pivots from the top on: all have less than the limit above
+    for (int j = kPivots - 1; j >= 0; --j) {
+      const double weight = by_mass ? found.mass[j] : found.tokens[j];
+      if (falls && weight < limit - doubt) {
+        high = orders[j], above_high = weight, tokens_above_high = found.tokens[j];
+        continue;
+      }
+      falls = false;
+      const bool over = doubt == 0.0 || weight > limit + doubt;
+      if (over && low < orders[j]) low = orders[j], tokens_above_low = found.tokens[j];
+    }
+    if (high - low == before && doubt > 0.0) {
+      exactly = 1;
+      begin(w);
+    }
+  }
+};
+
+// The smallest of the candidates with less than the limit above it; high where there is none.
+// `sure`: no comparison was in doubt.
+__device__ inline float choose(const Candidates& from, const Search& search, bool& sure) {
   __shared__ float scratch[kWarps];
-  float least = top;
+  float least = float_at(search.high);
   bool doubts = false;
   for (int i = static_cast<int>(threadIdx.x); i < from.size; i += kBlock) {
     unsigned long long more = 0;
     for (int j = 0; j < from.size; ++j)
       if (from.logits[j] > from.logits[i]) more += from.weights[j];
-    const double weight = above + static_cast<double>(more) * 0x1p-52;
-    doubts = doubts || bound.doubts(weight);
-    if (weight < bound.limit) least = fminf(least, from.logits[i]);
+    const double weight = search.above_high + static_cast<double>(more) * 0x1p-52;
+    doubts = doubts || fabs(weight - search.limit) <= search.doubt;
+    if (weight < search.limit) least = fminf(least, from.logits[i]);
   }
   sure = !__syncthreads_or(doubts);
   return -block_reduce<kBlock>(-least, Max{}, scratch);
 }
 
+// How far the pivots of the first pass lie below the maximum, times T: 1.5, 3, 5, 7.5, ... from the
+// last one on, and the first below all.
+__device__ inline float first_pivot(int j) {
+  const int n = kPivots - j;
+  return j == 0 ? INFINITY : 0.25f * static_cast<float>((n + 1) * (n + 2));
+}
+
 // The smallest logit v, at least the row's cut, for which less than the limit of what the row keeps
 // lies above v; `share` is the limit, of top-p over the row's mass.
 //
-// v is bracketed between orders (low, high]: less than the limit lies above high, not so above low.
-// A pass gives the weights above seven pivots between them, the first time spaced as logits are,
-// then evenly. What is left between them is collected once it is little. A pivot whose mass is in
-// doubt moves neither end; where that stops the search, or leaves its end in doubt, masses are
-// summed again in fp64. So the kept set is the one of exact sums.
+// A pass gives the weights above seven pivots inside the bracket, spaced as logits are, then evenly
+// among numbers, then among floats, which always ends. What is left between its ends is collected
+// once it is little. A pivot whose mass is in doubt moves neither end; where that stops the search,
+// or leaves its end in doubt, masses are summed again in fp64. So the kept set is the one of exact
+// sums. The search lies in shared memory: a sweep needs the registers.
 template <class S>
 __device__ float find_cut(const Reader<S>& reader, const Warped& w, bool by_mass, double share) {
-  constexpr float kFirst[kPivots] = {INFINITY, 16.0f, 11.0f, 7.5f, 5.0f, 3.0f, 1.5f};
-  Bound bound{by_mass ? share * w.total : share, by_mass ? 5e-7 * w.total : 0.0};
-  const int64_t bottom = order_of(w.cut) - 1, top = order_of(w.max);
-  int64_t low = bottom, high = top;
-  double above_high = 0.0, tokens_above_high = 0.0, tokens_above_low = INFINITY;
-  bool first = true, exactly = false, again = false;  // `again`: the bracket stands, in fp64
-  while (high - low > 1) {
-    if (!again && tokens_above_low - tokens_above_high <= kCandidates) {
-      const Candidates found = collect(reader, w, by_mass, float_at(low + 1), float_at(high));
-      bool sure;
-      const float cut = choose(found, above_high, float_at(high), bound, sure);
-      if (sure || bound.doubt == 0.0) return cut;
-      exactly = again = true;
-    }
-    int64_t orders[kPivots];
-    float pivots[kPivots];
-#pragma unroll
-    for (int j = 0; j < kPivots; ++j) {
-      orders[j] = low + (high - low) * (j + 1) / (kPivots + 1);
-      if (first) orders[j] = order_of(static_cast<float>(w.max - kFirst[j] / w.scale));
-      orders[j] = orders[j] <= low ? low + 1 : (orders[j] > high ? high : orders[j]);
-      if (again) orders[j] = high;
-      pivots[j] = float_at(orders[j]);
-    }
-    first = false;
-    const Above found = pass_pivots(reader, w, exactly, pivots);
-    if (exactly) bound = {share * found.total, 0.0};
-    if (again) {
-      above_high = found.mass[0];
-      again = false;
-      continue;
-    }
-    const int64_t before = high - low;
-    bool falls = true;  // of the pivots from the top on: all have less than the limit above
-#pragma unroll
-    for (int j = kPivots - 1; j >= 0; --j) {
-      const double weight = by_mass ? found.mass[j] : found.tokens[j];
-      if (falls && weight < bound.limit - bound.doubt) {
-        high = orders[j], above_high = weight, tokens_above_high = found.tokens[j];
-        continue;
-      }
-      falls = false;
-      const bool over = bound.doubt == 0.0 || weight > bound.limit + bound.doubt;
-      if (over && low < orders[j]) low = orders[j], tokens_above_low = found.tokens[j];
-    }
-    if (high - low == before && bound.doubt > 0.0) {
-      exactly = first = true;
-      low = bottom, high = top;
-      above_high = tokens_above_high = 0.0, tokens_above_low = INFINITY;
-    }
+  __shared__ Search search;
+  __shared__ int64_t orders[kPivots];
+  __shared__ float pivots[kPivots];
+  __shared__ Above found;
+  const int mine = static_cast<int>(threadIdx.x);
+  __syncthreads();
+  if (mine == 0) {
+    search.by_mass = by_mass, search.exactly = 0;
+    search.limit = by_mass ? share * w.total : share;
+    search.doubt = by_mass ? 5e-7 * w.total : 0.0;
+    search.begin(w);
   }
-  return float_at(high);
+  __syncthreads();
+  while (search.high - search.low > 1) {
+    const bool few = search.tokens_above_low - search.tokens_above_high <= kCandidates;
+    if (few && !search.again) {
+      const Candidates left =
+          collect(reader, w, search.by_mass, float_at(search.low + 1), float_at(search.high));
+      bool sure;
+      const float cut = choose(left, search, sure);
+      if (sure || search.doubt == 0.0) return cut;
+      __syncthreads();
+      if (mine == 0) search.exactly = search.again = 1;
+    }
+    __syncthreads();
+    if (mine < kPivots) {
+      const int64_t low = search.low, high = search.high;
+      const float bottom = float_at(low), top = float_at(high);
+      int64_t order = low + (high - low) * (mine + 1) / (kPivots + 1);
+      if (search.passes == 0) {
+        order = order_of(static_cast<float>(w.max - first_pivot(mine) / w.scale));
+      } else if (search.passes < 3 && bottom > -FLT_MAX && top - bottom < FLT_MAX) {
+        order = order_of(bottom + (top - bottom) * static_cast<float>(mine + 1) / (kPivots + 1));
+      }
+      order = order <= low ? low + 1 : (order > high ? high : order);
+      orders[mine] = search.again ? high : order;
+      pivots[mine] = float_at(orders[mine]);
+    }
+    __syncthreads();
+    pass_pivots(reader, w, search.exactly, pivots, found);
+    if (mine == 0) search.move(w, share, orders, found);
+    __syncthreads();
+  }
+  return float_at(search.high);
 }
 
-// Everything about a row, from its warpers; `masses`, if not null, gets those of its runs.
+// Everything about a row of so many known tokens, from its warpers, to `w`, which is not of the
+// thread alone; `masses`, if not null, gets those of its runs.
 template <class S>
-__device__ Warped warp_row(const Reader<S>& reader, const double* warpers, double* masses) {
-  Warped w = read_row(reader, warpers[kTemperature], masses);
-  if (!w.sound || w.point >= 0) return w;
+__device__ void warp_row(const Reader<S>& reader, int64_t tokens, const double* warpers, Warped& w,
+                         double* masses) {
+  read_row(reader, warpers[kTemperature], w, masses);
+  if (!w.sound || w.point >= 0) return;
 #pragma unroll 1
   for (int by_mass = 0; by_mass < 2; ++by_mass) {
     const double asked = warpers[by_mass ? kTopP : kTopK];
     const float before = w.cut;
-    if (by_mass ? asked < 1.0 : asked > 0.0 && asked < reader.tokens)
-      w.cut = find_cut(reader, w, by_mass, asked);
+    float cut = before;
+    if (by_mass ? asked < 1.0 : asked > 0.0 && asked < static_cast<double>(tokens))
+      cut = find_cut(reader, w, by_mass, asked);
     if (by_mass) {  // the smallest float that min_p keeps: the bound itself is fp64
       const double bound = w.max + warpers[kTemperature] * warpers[kLogMinP];
       float least = static_cast<float>(bound);
       if (least < bound) least = nextafterf(least, INFINITY);
-      w.cut = fmaxf(w.cut, least);
+      cut = fmaxf(cut, least);
     }
-    if (w.cut > before) w.total = sum_kept(reader, w, masses);
+    if (!(cut > before)) continue;
+    __syncthreads();
+    if (threadIdx.x == 0) w.cut = cut;
+    __syncthreads();
+    const double total = sum_kept(reader, w, masses);
+    if (threadIdx.x == 0) w.total = total, w.sound = total > 0.0;
+    __syncthreads();
   }
-  w.sound = w.total > 0.0;
-  return w;
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 //
 // Bytes: a row of the target and one of the draft are read from memory once, when the walk comes to
 // them, and once more, out of L2, to be compared; rows behind the end of the walk are not read. A
-// filter adds two or three sweeps of its row, a draw one sweep of a 16th of it. Nothing of size V
+// filter adds three to five sweeps of its row, a draw one sweep of a 16th of it. Nothing of size V
 // is written, but for a few bits a token where a draft is known on a few of them.
 //
 // Every step of a walk decides what is read next, so one block does what a request can keep busy,
@@ -25,12 +25,12 @@ class Chain : Request<S> {
   __device__ void run() {
     const bool whole = call_.method == kWhole;
     double ratio = 1.0;  // of the whole prefix, for `block`
-    int64_t accepted = 0, tested = 0, read = 0;
+    int32_t accepted = 0, tested = 0, read = 0;
     bool open = true;  // whether the next slot can be put to the test
-    for (int64_t slot = 0;; ++slot) {
-      open = open && slot < this->drafted_ && is_token(slot);
+    for (int32_t slot = 0;; ++slot) {
+      open = open && slot < this->drafted() && is_token(slot);
       if (!open && whole && tested > 0 && this->flip(tested - 1, ratio, 1.0)) accepted = tested;
-      const int64_t row = open ? slot : accepted;
+      const int32_t row = open ? slot : accepted;
       this->read(row, row == read, open && !this->pointed_);
       if (row == read) ++read;
       if (!open) break;
@@ -140,7 +140,7 @@ class Chain : Request<S> {
       case kSquare:
         return s.px * factor();
       case kExponential:
-        return s.px > 0.0 ? pow(s.px, call_.strength) : 0.0;
+        return s.px > 0.0 ? exp(call_.strength * log(s.px)) : 0.0;
       case kEnsemble:
       case kTvBudget:
         return weight(s.rest) * s.px + (1.0 - weight(s.rest)) * s.qx;
@@ -156,7 +156,7 @@ class Chain : Request<S> {
     const WeightAt weight(s.p);
     const Reader<S> reader = this->target(slot);
     double sum = 0.0;
-    sweep(0, tiles_of(this->vocab_), [&](int start) {
+    sweep(0, tiles_of(this->vocab()), [&](int start) {
       float x[kTile], add = 0.0f;
       reader.load(start, x);
 #pragma unroll
@@ -202,7 +202,8 @@ __global__ void __launch_bounds__(kBlock) verify_tree(const __grid_constant__ Ve
 
 bool is_valid(const VerifyCall& call) {
   return call.method >= 0 && call.method < kMethods && call.lenience >= 0 &&
-         call.lenience < kLeniences && (call.method >= kTargetOnly) == (call.parent != nullptr);
+         call.lenience < kLeniences &&
+         (call.slots == 0 || is_tree(call) == (call.parent != nullptr));
 }
 
 }  // namespace
@@ -210,13 +211,13 @@ bool is_valid(const VerifyCall& call) {
 
 PYD_API int pyd_verify(const VerifyCall* call, void* stream) {
   using namespace pydistill;
-  if (!is_valid(*call)) return kInvalidValue;
   if (call->batch == 0) return 0;
+  if (!is_valid(*call)) return kInvalidValue;
   return dispatch_dtype(call->dtype, [&](auto type) {
     using S = typename decltype(type)::type;
     const unsigned requests = static_cast<unsigned>(call->batch);
-    return call->parent ? PYD_LAUNCH((verify_tree<S>), requests, kBlock, 0, stream, *call)
-                        : PYD_LAUNCH((verify_chain<S>), requests, kBlock, 0, stream, *call);
+    return is_tree(*call) ? PYD_LAUNCH((verify_tree<S>), requests, kBlock, 0, stream, *call)
+                          : PYD_LAUNCH((verify_chain<S>), requests, kBlock, 0, stream, *call);
   });
 }
 

@@ -94,10 +94,11 @@ def test_tracked_table_has_every_row_of_topk_divergence() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tracked_rows_of_verify(dtype: str) -> None:
-    """Both rows twice, and what a draw opens; with a filter a few times more."""
+    """Both rows twice, what a draw opens, and a few logits that every thread reads; with a filter
+    a few times more."""
     table = json.loads(JSON.read_text())
     plain, filtered = (table[f"cuda verify {n} {dtype} bytes"] for n in verify_table.FORMS)
-    assert all(2 < sweeps < 2.1 for sweeps in plain["sweeps"])
+    assert all(2 < sweeps < 2.2 for sweeps in plain["sweeps"])
     assert all(4 < sweeps < 8 for sweeps in filtered["sweeps"])
     for target in TARGETS:
         for part in ("chain", "tree"):

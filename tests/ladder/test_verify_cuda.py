@@ -125,17 +125,7 @@ def test_hard_rows(part: Any) -> None:
 
 @pytest.mark.parametrize("stream", [reference.ACCEPT, reference.RESAMPLE])
 def test_coins_are_those_of_the_reference(stream: int) -> None:
-    """Bit for bit, with the generator's published answers among them."""
-    g = torch.Generator().manual_seed(7)
-    seed, position = torch.randint(-(2**62), 2**62, (2, 256), generator=g)
-    slot = torch.randint(0, 2**31, (256,), generator=g)
-    seed[0], position[0], slot[0] = 0, 0, 0
-    seed[1], position[1], slot[1] = -1, -1, 2**32 - 1
-    got = torch.empty(256, dtype=torch.float64)
-    sim = CudaSim.build(Path(__file__).parent / "cuda_fixtures" / "verify_coins.cu", hooks=True)
-    sim.call("pyd_coins", seed, position, slot, stream, got, 256)
-    assert torch.equal(got, reference.coins(seed, position, slot, stream))
-    assert stream or float(got[0]) == 0.39904647231489565
+    mutants.check_coin_bits(stream)
 
 
 @pytest.mark.parametrize("method", ["token", "block", "traversal"])
@@ -173,16 +163,17 @@ def test_order_and_neighbours_change_nothing(method: str) -> None:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_bytes_of_a_rejection(dtype: torch.dtype) -> None:
-    """With all threads: the first rows once to be read, once to be compared, and what a draw opens;
-    of the other four rows nothing. Every request of a sweep is 16 bytes a lane."""
+    """With all threads: the first rows once to be read, once to be compared, a 16th and a 256th to
+    draw, and a few logits by every thread; of the other four rows nothing. Every request of a sweep
+    is 16 bytes a lane."""
     vocab = 4096
     with simulated(CudaSim.build(SOURCE, hooks=True)) as calls:
         verify(**mutants.rejected(1, 4, vocab, dtype), seed=0, position=0, impl="cuda")
     row = vocab * dtype.itemsize
     for name in ("target", "draft"):
         seen = calls[0].report.buffers[name]
-        assert 2 * row < seen.bytes_moved < 2.2 * row
-        assert seen.load_requests <= 2 * row / 512 + 100
+        assert 2 * row < seen.bytes_moved < (2 + 1 / 15) * row + 512 * 9 * dtype.itemsize
+        assert seen.load_requests <= 2 * row / 512 + 300
 
 
 def test_offsets_beyond_32_bits() -> None:
@@ -203,7 +194,7 @@ def test_gradient_is_refused() -> None:
     """There is no such CUDA kernel, and an explicit choice does not fall back."""
     target, draft = torch.randn(1, 2, 5), torch.randn(1, 1, 5)
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    with simulated(unhooked()), pytest.raises(ValueError, match="impl='cuda'.*impl='reference'"):
+    with simulated(unhooked()), pytest.raises(ValueError, match=r"impl='cuda'.*impl='reference'"):
         verify_with_gradient(target, draft, ids, seed=0, position=0, impl="cuda")
 
 
@@ -232,7 +223,8 @@ def test_compiled_kernels_do_not_spill() -> None:
             used = kernel.resources
             assert (used.spill_loads, used.spill_stores, used.stack) == (0, 0, 0), (arch, name)
             assert kernel.occupancy.fraction >= 0.25, (arch, name)
-            assert used.wide_loads >= 4, (arch, name)
+            # Of global addresses; nvcc takes other sweeps' for generic ones, as wide.
+            assert used.wide_loads >= 3, (arch, name)
 
 
 @needs_nvcc

@@ -98,7 +98,8 @@ def collect(tracked: Table) -> Table:
         sources = sorted(str(path) for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
         jobs += [(cuda_rows, (source, target)) for source in sources for target in TARGETS]
         jobs += [
-            (room.cuda_bytes, ()) for room in (divergence_table, topk_divergence_table, verify_table)
+            (room.cuda_bytes, ())
+            for room in (divergence_table, topk_divergence_table, verify_table)
         ]
     # Those from hidden states last: they launch the row operators' kernels, which Triton then finds
     # in its cache. GATE is spelled out: importing dry_run would import triton into this process.
@@ -147,7 +148,7 @@ def markdown(table: Table) -> str:
         "the way of a row of 16384 logits, which its program keeps in registers.",
         "`verify` in CUDA is one request of one drafted token, which is rejected: a row of target",
         "and draft, read, compared in a second sweep, and drawn from; the floor is both rows. A",
-        "filter searches each row in two or three further sweeps. In brackets are its two rows.",
+        "filter searches each row in three to five further sweeps. In brackets are its two rows.",
         "In Triton it is one request of four drafted tokens, and the floor all of its nine rows:",
         "`accepted` reads them again but for the last, `rejected` only the first two.",
         "The operators from hidden states launch these kernels on fp32 logits: `forward` on whole",
