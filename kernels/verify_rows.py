@@ -251,9 +251,7 @@ def _finish_rows(
                 x = load(row_x, bias, at, vocab)
                 point = tl.min(tl.where(x == peak, at, vocab), 0)
             else:
-                cut = _search(
-                    row_x, bias, own, peak, total, inverse, vocab, BLOCK, BLOCK // PARTS
-                )
+                cut = _search(row_x, bias, own, peak, total, inverse, vocab, BLOCK, BLOCK // PARTS)
                 bound = largest + temperature * tl.load(own + 3)
                 least = bound.to(tl.float32)  # of min_p, the smallest float at the bound or above
                 rounded = least.to(tl.float64) < bound

@@ -265,6 +265,8 @@ def _unavailable(
     if dtype not in op.dtypes:
         names = ", ".join(sorted(str(d).removeprefix("torch.") for d in op.dtypes))
         return f"dtype {dtype} has no kernel; cast to one of {names}, or pass impl='reference'."
+    if part in op.lacks.get(backend, ()):
+        return f"{op.name} has no {backend} kernel for {part!r}; pass impl='reference'."
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
     if device != wanted:
@@ -285,8 +287,6 @@ def _unavailable(
         ):
             return f"{op.name} has no {backend} kernel yet; choose another impl."
         return "the CUDA library is not built; build with PYDISTILL_BUILD_CUDA=1."
-    if part in op.lacks.get(backend, ()):
-        return f"{op.name} has no {backend} kernel for {part!r}; pass impl='reference'."
     return None
 
 

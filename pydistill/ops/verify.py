@@ -56,7 +56,7 @@ __all__ = [
 OP = _registry.operator(
     "verify",
     {torch.float32, torch.bfloat16, torch.float16},
-    lacks={"triton": (*TREES, "verify_with_gradient")},
+    lacks={"triton": (*TREES, "verify_with_gradient"), "cuda": ("verify_with_gradient",)},
 )
 
 
@@ -283,13 +283,6 @@ def verify_with_gradient(
         OP.name, arguments.get("impl", "auto"), device.type, target.dtype, "verify_with_gradient"
     )
     options = (divergence.KINDS[kind].id, 0.5 if beta is None else float(beta))
-    if not _registry.has_kernel("verify_gradient", backend):
-        if arguments.get("impl", "auto") != "auto":
-            raise ValueError(
-                f"impl={backend!r} cannot run verify_with_gradient: there is no such kernel; pass"
-                " impl='reference', or call verify."
-            )
-        backend = "reference"
     if overwrite_logits:
         _check_overwrite(target_logits, draft_logits)
         found = _overwrite(inputs, options, backend)

@@ -98,8 +98,9 @@ def simulated(sim: CudaSim, order: str = "forward") -> Iterator[list[Call]]:
         _library.impl("verify_fwd", lambda *args: _active[-1].verify_fwd(*args), "CPU")
     resolve = _registry.resolve
 
-    def resolve_cuda(name: str, impl: str, *where: Any) -> str:
-        return impl if impl == "cuda" else resolve(name, impl, *where)
+    def resolve_cuda(name: str, impl: str, device: str, dtype: torch.dtype, part: str = "") -> str:
+        lacking = part in _registry.OPERATORS[name].lacks.get("cuda", ())
+        return impl if impl == "cuda" and not lacking else resolve(name, impl, device, dtype, part)
 
     simulator = Simulator(sim, order)
     _active.append(simulator)
