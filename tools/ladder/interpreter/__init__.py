@@ -20,6 +20,7 @@ beyond a tensor, races between programs, and computes bfloat16 wrongly. Within `
 
 Not modelled: TF32 (computed in float32), the order of summation on a GPU, memory ordering within a
 launch, libdevice, inline assembly, and autotuning over more than one configuration.
+`lanes()` gives up the checks and runs thousands of programs at once, for laws of what they draw.
 The process must have started with TRITON_INTERPRET=1; `tools.ladder.isolation` sees to that in
 tests.
 """
@@ -31,6 +32,7 @@ from tools.ladder.interpreter.errors import (
     UnsupportedError,
 )
 from tools.ladder.interpreter.guards import Guarded, Guards, guarded
+from tools.ladder.interpreter.lanes import lanes
 from tools.ladder.interpreter.meter import Conflict, Launch, Meter, Traffic
 from tools.ladder.interpreter.session import require_interpreter, strict
 
@@ -46,6 +48,7 @@ __all__ = [
     "Traffic",
     "UnsupportedError",
     "guarded",
+    "lanes",
     "require_interpreter",
     "strict",
 ]

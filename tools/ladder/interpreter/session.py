@@ -61,8 +61,7 @@ class _Session:
     def convert(self, original: Callable[[Any], Any], argument: Any) -> Any:
         """Stands for _implicit_cvt: an argument as the kernel sees it."""
         if type(argument) is float:
-            # The JIT passes a float as fp32; left as a Python number it would not promote bf16.
-            return tl.tensor(TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+            return float_argument(argument)
         result = original(argument)
         if hasattr(argument, "data_ptr"):
             tensor = getattr(argument, "base", argument)
@@ -76,6 +75,11 @@ class _Session:
             raise UnsupportedError("a reduction of raw bfloat16: upcast to fp32 first")
         self.memory.launch.reduced += sum(x.handle.data.size for x in inputs)
         return original(operation, inputs)
+
+
+def float_argument(x: float) -> Any:
+    """The JIT passes a float as fp32; left as a Python number it would not promote bf16."""
+    return tl.tensor(TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)
 
 
 def _tensor_names(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -106,7 +110,7 @@ def _fault(error: BaseException | None) -> LadderError | None:
 
 
 @contextmanager
-def _replaced(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+def replaced(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
     originals = [(target, name, getattr(target, name)) for target, name, _ in changes]
     for target, name, value in changes:
         setattr(target, name, value)
@@ -153,7 +157,7 @@ def strict(*, raise_on_conflict: bool = True) -> Iterator[Meter]:
         (module.ReduceOps, "apply_impl", _patch(reduce, session.reduce)),
         (module.ScanOps, "apply_impl", _patch(scan, session.reduce)),
     ]
-    with _replaced(changes), _poisoned_empty():
+    with replaced(changes), _poisoned_empty():
         yield session.meter
 
 
