@@ -13,14 +13,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from _pytest.mark import ParameterSet
 
 from pydistill import _registry, verify, verify_with_gradient
 from pydistill.kernels.verify import coins
 from pydistill.reference import verify as reference
 from pydistill.testing import Case, check
-from tools.ladder.cases import ladder_cases
-from tools.ladder.interpreter import strict
+from tools.ladder.cases import covering, emulated
+from tools.ladder.interpreter import lanes, strict
 from tools.ladder.mutants import verify_triton as mutants
 
 pytestmark = pytest.mark.interpreter
@@ -39,21 +38,25 @@ def kernels(monkeypatch: pytest.MonkeyPatch):
     return module
 
 
-def cases() -> list[ParameterSet]:
-    """The smallest of the subset of every run; the rest is of the full climb, by its minutes."""
-    quick = ("token-ragged-fp32-40x3x500", "token-poisoned-fp32-14x3x1067")
-    return [
-        pytest.param(
-            *case.values,
-            id=case.id,
-            marks=case.marks if case.id in quick else pytest.mark.ladder_full,
-        )
-        for case in ladder_cases("verify", reference.CHAINS)
-    ]
+def chains(cases: list[Case]) -> list[Case]:
+    return [case for case in cases if case.kind in reference.CHAINS]
 
 
-@pytest.mark.parametrize("case", cases())
-def test_table(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.ladder
+@pytest.mark.parametrize(
+    "case", [case for case in chains(covering("verify")) if "-each-" not in case.id], ids=str
+)
+def test_table(case: Case, kernels) -> None:
+    """Values, of many programs at once, but where the search of each row takes its own way; the
+    full climb has those too, and watches the memory of all."""
+    with lanes():
+        report = check(case, "triton")
+    assert report.ok, report.message
+
+
+@pytest.mark.ladder_full
+@pytest.mark.parametrize("case", chains(emulated("verify")), ids=str)
+def test_every_case(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks of 512 columns: shorter ones cost the full climb its time."""
     import pydistill.kernels.verify_rows as rows
 

@@ -16,7 +16,8 @@ from tests.ops import test_verify_sampling as sampling
 from tools.ladder.interpreter import lanes
 from tools.ladder.mutation import KERNELS, Mutant, assert_all_killed, run_mutants
 
-FEW, TESTS = 1500, 6  # sequences of every run; what 1e-4 is divided by
+WORLDS = tuple(sampling.WORLDS)
+FEW, TESTS = 3000, 2 * len(WORLDS)  # sequences of every run; what 1e-4 is divided by
 
 MUTANTS = [
     Mutant("if (slot < tl.load(tested + request)) & (METHOD != TYPICAL):", "if slot < 0:"),
@@ -54,13 +55,16 @@ def check_law(_kernels: ModuleType) -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("world", sampling.WORLDS)
 @pytest.mark.parametrize(
-    "sequences", [FEW, pytest.param(sampling.N, marks=pytest.mark.ladder_full)]
+    ("world", "sequences"),
+    [
+        ("plain", FEW),
+        *(pytest.param(world, sampling.N, marks=pytest.mark.ladder_full) for world in WORLDS),
+    ],
 )
 @pytest.mark.parametrize("method", ["token", "block"])
 @pytest.mark.timeout(1800)
-def test_joint_law(method: str, sequences: int, world: str) -> None:
+def test_joint_law(method: str, world: str, sequences: int) -> None:
     counts = counts_of(world, method, sequences)
     assert sampling.chance(counts, sampling.law(world)) > 1e-4 / TESTS
     assert torch.equal(counts, sampling.generate(world, method, "reference", sequences))

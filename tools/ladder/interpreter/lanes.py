@@ -9,8 +9,9 @@ program, before the block's own. Where programs take different ways (a condition
 loop), they are split by their answers and run again from the start. So stores wait until a group
 has come to its end, and a program that reads what it has written itself raises.
 
-What a program computes is bit for bit what it computes alone. Blocks have one dimension; bfloat16,
-dots, atomics and descriptors raise. `strict()` says what a program may not do; this does not.
+What a program computes is bit for bit what it computes alone. Blocks have one dimension; arithmetic
+in bfloat16, dots, atomics and descriptors raise. `strict()` says what a program may not do; this
+does not.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ import triton.language as tl
 from triton.runtime import interpreter as triton_interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from tools.ladder.interpreter.errors import UnsupportedError
-from tools.ladder.interpreter.session import float_argument, replaced, require_interpreter
+from tools.ladder.interpreter.bfloat16 import from_float32, to_float32
+from tools.ladder.interpreter.errors import LadderError, UnsupportedError
+from tools.ladder.interpreter.session import cause, float_argument, replaced, require_interpreter
 
 Array = np.ndarray[Any, Any]
 _REDUCTIONS: dict[Any, Callable[..., Any]] = {
@@ -85,7 +87,23 @@ class LanesBuilder(InterpreterBuilder):  # type: ignore[misc]
     def create_masked_store(self, ptrs: Any, value: Any, mask: Any, *_: Any, **__: Any) -> Any:
         # Of a pointer that is the same in all lanes, every lane stores; the last one's value stays.
         lanes = np.broadcast_to(ptrs.data, (len(self.programs), ptrs.data.shape[-1]))
-        self.stores.append(_aligned(lanes, value.data, mask.data))
+        pointers, values, on = _aligned(lanes, value.data, mask.data)
+        self.stores.append((pointers, values, on))
+
+    def cast_impl(self, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.bfloat16 and target == tl.float32:
+            return TensorHandle(to_float32(src.data), tl.float32)
+        if source == tl.float32 and target == tl.bfloat16:
+            return TensorHandle(from_float32(src.data), tl.bfloat16)
+        if source != target and tl.bfloat16 in (source, target):
+            raise UnsupportedError(f"lanes do not cast {source} to {target}; go through float32")
+        return super().cast_impl(src, dst_type)
+
+    def binary_op(self, lhs: Any, rhs: Any, op: Any) -> Any:
+        if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):
+            raise UnsupportedError("lanes do not compute in bfloat16; cast to float32 first")
+        return super().binary_op(lhs, rhs, op)
 
     def _unsupported(self, *_: Any, **__: Any) -> Any:
         raise UnsupportedError("lanes do not interpret this operation; use strict()")
@@ -94,7 +112,7 @@ class LanesBuilder(InterpreterBuilder):  # type: ignore[misc]
     create_atomic_load = create_atomic_store = create_atomic_poll = _unsupported
     create_make_tensor_descriptor = create_reshape = create_trans = create_cat = _unsupported
     create_expand_dims = create_join = create_split = create_histogram = _unsupported
-    create_gather = create_assert = create_assume = get_bf16_ty = _unsupported
+    create_gather = create_assert = create_assume = _unsupported
 
 
 def _aligned(*arrays: Array) -> tuple[Array, ...]:
@@ -141,20 +159,13 @@ def _run(builder: LanesBuilder, kernel: Callable[[], None], programs: Array) -> 
         try:
             kernel()
         except (_Split, triton_interpreter.InterpreterError) as error:
-            split = _cause(error)
+            split = cause(error, _Split)
             if split is None:
-                raise
+                raise (cause(error, LadderError) or error) from None
             waiting += [builder.programs[split.answers == x] for x in np.unique(split.answers)]
             continue
         for pointers, values, on in builder.stores:
             triton_interpreter._interpreter.store(pointers, values, on)
-
-
-def _cause(error: BaseException | None) -> _Split | None:
-    """The split inside the interpreter's nested wrappers."""
-    while error is not None and not isinstance(error, _Split):
-        error = error.__cause__
-    return error
 
 
 @contextmanager

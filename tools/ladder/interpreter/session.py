@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class _Session:
             with np.errstate(all="ignore"):
                 original(executor, *args, **kwargs)
         except triton_interpreter.InterpreterError as error:
-            fault = _fault(error)
+            fault = cause(error, LadderError)
             if fault is None:
                 raise
             raise fault from None
@@ -100,10 +100,13 @@ def _tensor_names(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return [n for k, v in bound.items() if k not in executor.constexprs for n in names(k, v)]
 
 
-def _fault(error: BaseException | None) -> LadderError | None:
-    """The ladder's own error inside the interpreter's nested wrappers."""
+Fault = TypeVar("Fault", bound=BaseException)
+
+
+def cause(error: BaseException | None, kind: type[Fault]) -> Fault | None:
+    """The error of this kind inside the interpreter's nested wrappers."""
     while error is not None:
-        if isinstance(error, LadderError):
+        if isinstance(error, kind):
             return error
         error = error.__cause__
     return None
