@@ -72,7 +72,7 @@ def test_joint_law(method: str, world: str, sequences: int) -> None:
 
 @pytest.mark.ladder_full
 @pytest.mark.timeout(7200)
-def test_the_law_of_broken_kernels_is_another() -> None:
+def test_mutants_have_another_law() -> None:
     name = "pydistill.kernels.verify"
     outcomes = run_mutants(
         KERNELS / "verify.py", MUTANTS, check_law, module_name=name, timeout=1800.0
