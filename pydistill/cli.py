@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     draft.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
     draft.add_argument(
         "--draft", nargs="+", default=["layers:6"],
-        help="layers:N, layers:I,J,... of it, feature:N on its states, or a model (layers:6)",
+        help="layers:N, layers:I,J,... of it, feature:N or M+N on its states, or a model (layers:6)",
     )  # fmt: skip
     draft.add_argument("--width", type=_positive, help="of a feature draft (the target's)")
     draft.add_argument(
