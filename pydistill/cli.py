@@ -26,7 +26,6 @@ import torch
 import pydistill
 from pydistill import _native, _registry
 from pydistill.reference.cache_decode import CODES
-from pydistill.reference.divergence import KINDS
 
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "flash-attn")
 
@@ -82,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="a check of the harness, no measurement"
     )
-    demo = command("demo", _demo, "Distils a small student from a real model and reports the gain.")
+    demo = command("demo", _demo, "Distils a draft from a real model and reports what it gains.")
     demo.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
-    demo.add_argument("--layers", type=_positive, default=6, help="layers of the student (6)")
-    demo.add_argument("--kind", choices=sorted(KINDS), default="forward_kl", help="(forward_kl)")
+    demo.add_argument("--draft", default="feature:2+1", help="as of `draft` (feature:2+1)")
+    demo.add_argument("--divergence", default="tvd", help="as of `draft` (tvd)")
     demo.add_argument("--steps", type=_positive, default=60, help="training steps (60)")
     demo.add_argument("--seed", type=int, default=0, help="(0)")
-    demo.add_argument("--output", type=Path, metavar="FOLDER", help="save the student there")
+    demo.add_argument("--output", type=Path, metavar="FOLDER", help="save the draft there")
     text = "Writes on from a prompt by speculative decoding, and says what the draft gained."
     write = command("generate", _generate, text)
     write.add_argument("prompt", help="the user's message, where the model has a chat template")
@@ -143,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     draft.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
     draft.add_argument(
         "--draft", nargs="+", default=["layers:6"],
-        help="layers:N, layers:I,J,... of it, feature:N or M+N on its states, or a model (layers:6)",
+        help="layers:N, layers:I,J,... of it, feature:N or M+N on its states, a model (layers:6)",
     )  # fmt: skip
     draft.add_argument("--width", type=_positive, help="of a feature draft (the target's)")
     draft.add_argument(

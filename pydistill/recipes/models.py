@@ -191,24 +191,6 @@ def _part(target: Path) -> str:
     return f".{target.name}.part-"
 
 
-def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
-    """An fp32 student of `layers` of the teacher's layers, evenly spaced, and their indices.
-
-    Embeddings, final norm, head and the chosen layers start as the teacher's weights.
-    """
-    total = teacher.config.num_hidden_layers
-    if not 1 <= layers <= total:
-        raise UsageError(f"--layers {layers} is outside 1..{total}, the layers of the teacher.")
-    chosen = [round(i * (total - 1) / max(1, layers - 1)) for i in range(layers)]
-    try:
-        return in_dtype(truncated(teacher, chosen), torch.float32), chosen
-    except ValueError as error:
-        raise UsageError(
-            f"{type(teacher).__name__} does not keep its layers in a list named `layers`;"
-            " choose another --model."
-        ) from error
-
-
 def draft_of(
     target: Any,
     name: str,
@@ -221,8 +203,8 @@ def draft_of(
 
     `name` is `layers:6` for so many of the target's layers, evenly spaced, `layers:0,1,29` for
     these, `feature:1` for so many layers on its hidden states, `feature:2+1` for those on its first
-    two layers, what `load` takes, or a folder with a draft that was made here. `draft_vocab` reduces its head, as `speculative.reduced` takes it;
-    `width` is that of `feature`.
+    two layers, what `load` takes, or a folder with a draft that was made here. `draft_vocab`
+    reduces its head, as `speculative.reduced` takes it; `width` is that of `feature`.
     """
     try:
         if name.startswith("layers:"):

@@ -1,8 +1,8 @@
 """A draft on the target's own hidden states: EAGLE's, on the target's first layers.
 
 At a position t whose token x_t is known, the target has left its last hidden state f_{t-1}, of the
-run that led to x_t. With s_t what the target's first `stem` layers make of the tokens up to x_t, its
-embedding where there are none, and W [H', 2H],
+run that led to x_t. With s_t what the target's first `stem` layers make of the tokens up to x_t,
+its embedding where there are none, and W [H', 2H],
 
     g_t = N(layers(W [f_{t-1}; s_t]))        q(x_{t+1}) = softmax(head g_t),   f_{-1} = 0
 
