@@ -181,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     draft.add_argument(
         "--compare", action="store_true", help="one training for each draft, divergence, source"
     )
+    draft.add_argument(
+        "--short-steps", type=_positive, help="of each of these; then --steps of the first"
+    )
     text = "Teacher caches: top-k log-probabilities, recorded once for many students."
     cache = commands.add_parser("cache", help=text, description=text)
     parts = cache.add_subparsers(dest="part", required=True, metavar="COMMAND")
@@ -404,6 +407,8 @@ def _draft(options: argparse.Namespace) -> int:
         if len(values) > 1 and not options.compare:
             raise _Problem(f"--{name} has {len(values)} values; pass one, or add --compare.")
         setattr(options, name, values[0])
+    if options.short_steps is not None and not options.compare:
+        raise _Problem(f"--short-steps {options.short_steps} is of a comparison; add --compare.")
     try:
         run = _draft_compare if options.compare else _draft_one
         result, text = run(options, lists)
@@ -432,7 +437,9 @@ def _draft_compare(options: argparse.Namespace, lists: dict[str, list[str]]) -> 
 
         base = _options("draft", options)[1]
         drafts, divergences, sources = lists.values()
-        result = draft_compare.run(base, drafts, divergences, sources, progress=not options.json)
+        result = draft_compare.run(
+            base, drafts, divergences, sources, not options.json, options.short_steps
+        )
     except UsageError as error:
         raise _Problem(str(error)) from error
     return result, draft_compare.table(result)

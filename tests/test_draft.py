@@ -268,12 +268,14 @@ def test_a_comparison_is_one_table(
     command = ["draft", "--model", str(tiny), "--output", str(folder), "--compare", "--draft"]
     command += ["layers:1", "feature:1", "--divergence", "forward_kl", "tvd", "--source", "target"]
     command += ["text", "--steps", "2", "--batch", "2", "--answers", "1", "--length", "4", "--json"]
+    command += ["--short-steps", "1"]
     assert cli.main(command) == 0
     result = json.loads(capsys.readouterr().out)
-    named = [(x["draft"], x["divergence"], x["source"]) for x in result["rows"]]
+    named = [(x["draft"], x["divergence"], x["source"], x["steps"]) for x in result["rows"]]
     assert named == [
-        ("layers:1", "forward_kl", "target"), ("feature:1", "forward_kl", "target"),
-        ("layers:1", "tvd", "target"), ("layers:1", "forward_kl", "text"),
+        ("layers:1", "forward_kl", "target", 1), ("feature:1", "forward_kl", "target", 1),
+        ("layers:1", "tvd", "target", 1), ("layers:1", "forward_kl", "text", 1),
+        ("layers:1", "forward_kl", "target", 2),
     ]  # fmt: skip
     assert result == json.loads((folder / "table.json").read_text())
     lines = (folder / "table.md").read_text().splitlines()
@@ -327,6 +329,7 @@ def test_a_teacher_cache_teaches(tiny: Path, tmp_path: Path) -> None:
         (["--signal", "none"], "--signal none is not known; use one of teacher, verify"),
         (["--schedule", "step"], "--schedule step is not known; use one of linear, cosine"),
         (["--width", "16"], "--width 16 is of a feature draft; add --draft feature:1"),
+        (["--short-steps", "2"], "--short-steps 2 is of a comparison; add --compare"),
         (["--unroll", "2"], "--unroll 2 is of a feature draft"),
         (["--draft", "feature:1", "--on-policy", "1"], "writes no text alone; use --unroll 3"),
         (["--draft", "feature:1,2"], "feature:1,2 names no numbers of layers; use feature:1"),
