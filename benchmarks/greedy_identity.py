@@ -37,7 +37,7 @@ from torch import Tensor
 
 import pydistill
 from pydistill.recipes import UsageError, bar, models
-from pydistill.recipes.answers import encode, prompts
+from pydistill.recipes.prompts import encoded, padded, shipped
 from pydistill.recipes.write import load_draft
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -124,9 +124,9 @@ def run(options: Options, progress: bool = True) -> list[Comparison]:
     dtype = DTYPES[options.dtype]
     target, tokenizer = _load(options.model, dtype)
     referee = Referee(target, options.model)
-    train, held_out = prompts()
+    train, held_out = shipped()
     texts = (held_out + train)[: options.prompts]
-    ids, mask = encode(tokenizer, texts)
+    ids, mask = padded(encoded(tokenizer, texts))
     single = [row[seen.bool()] for row, seen in zip(ids, mask, strict=True)]
     common: dict[str, Any] = {
         "max_new_tokens": options.new_tokens, "pad_token_id": tokenizer.pad_token_id

@@ -26,7 +26,6 @@ import torch
 import pydistill
 from pydistill import _native, _registry
 from pydistill.reference.cache_decode import CODES
-from pydistill.reference.divergence import KINDS
 
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "flash-attn")
 
@@ -82,13 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--quick", action="store_true", help="a check of the harness, no measurement"
     )
-    demo = command("demo", _demo, "Distils a small student from a real model and reports the gain.")
+    demo = command("demo", _demo, "Distils a draft from a real model and reports what it gains.")
     demo.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
-    demo.add_argument("--layers", type=_positive, default=6, help="layers of the student (6)")
-    demo.add_argument("--kind", choices=sorted(KINDS), default="forward_kl", help="(forward_kl)")
+    demo.add_argument("--draft", default="feature:2+1", help="as of `draft` (feature:2+1)")
+    demo.add_argument("--divergence", default="tvd", help="as of `draft` (tvd)")
     demo.add_argument("--steps", type=_positive, default=60, help="training steps (60)")
     demo.add_argument("--seed", type=int, default=0, help="(0)")
-    demo.add_argument("--output", type=Path, metavar="FOLDER", help="save the student there")
+    demo.add_argument("--output", type=Path, metavar="FOLDER", help="save the draft there")
     text = "Writes on from a prompt by speculative decoding, and says what the draft gained."
     write = command("generate", _generate, text)
     write.add_argument("prompt", help="the user's message, where the model has a chat template")
@@ -143,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     draft.add_argument("--model", help="Hugging Face id or folder (SmolLM2-135M-Instruct)")
     draft.add_argument(
         "--draft", nargs="+", default=["layers:6"],
-        help="layers:N, layers:I,J,... of it, feature:N on its states, or a model (layers:6)",
+        help="layers:N, layers:I,J,... of it, feature:N or M+N on its states, a model (layers:6)",
     )  # fmt: skip
     draft.add_argument("--width", type=_positive, help="of a feature draft (the target's)")
     draft.add_argument(
@@ -181,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     draft.add_argument("--seed", type=int, default=0, help="(0)")
     draft.add_argument(
         "--compare", action="store_true", help="one training for each draft, divergence, source"
+    )
+    draft.add_argument(
+        "--short-steps", type=_positive, help="of each of these; then --steps of the first"
     )
     text = "Teacher caches: top-k log-probabilities, recorded once for many students."
     cache = commands.add_parser("cache", help=text, description=text)
@@ -405,6 +407,8 @@ def _draft(options: argparse.Namespace) -> int:
         if len(values) > 1 and not options.compare:
             raise _Problem(f"--{name} has {len(values)} values; pass one, or add --compare.")
         setattr(options, name, values[0])
+    if options.short_steps is not None and not options.compare:
+        raise _Problem(f"--short-steps {options.short_steps} is of a comparison; add --compare.")
     try:
         run = _draft_compare if options.compare else _draft_one
         result, text = run(options, lists)
@@ -433,7 +437,9 @@ def _draft_compare(options: argparse.Namespace, lists: dict[str, list[str]]) -> 
 
         base = _options("draft", options)[1]
         drafts, divergences, sources = lists.values()
-        result = draft_compare.run(base, drafts, divergences, sources, progress=not options.json)
+        result = draft_compare.run(
+            base, drafts, divergences, sources, not options.json, options.short_steps
+        )
     except UsageError as error:
         raise _Problem(str(error)) from error
     return result, draft_compare.table(result)

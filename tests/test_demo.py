@@ -11,117 +11,81 @@ import torch
 
 pytest.importorskip("transformers", reason="the demo needs the extra `hf`")
 
-from pydistill import _native, cli
-from pydistill.recipes import UsageError, answers, compare, demo, models
-
-
-@pytest.fixture
-def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares a test the fresh processes in which memory is measured."""
-    monkeypatch.setattr(compare, "_peaks", lambda *_: dict.fromkeys(compare.WAYS))
+from pydistill import cli
+from pydistill.recipes import UsageError, demo, models, prompts, speed
+from pydistill.speculative import truncated
 
 
 def options(tiny: Path, **changes: Any) -> demo.Options:
-    return demo.Options(**{"model": str(tiny), "layers": 2, "new_tokens": 8, **changes})
+    small = {"model": str(tiny), "draft": "feature:1+1", "draft_vocab": 40, "new_tokens": 8}
+    return demo.Options(**{**small, **changes})
 
 
 @pytest.mark.slow
-def test_end_to_end(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "student"
-    arguments = ["demo", "--model", str(tiny), "--layers", "2", "--steps", "12", "--json"]
-    assert cli.main([*arguments, "--output", str(output)]) == 0
-    out, err = capsys.readouterr()
-    result = json.loads(out)
-    assert "learns" not in err and "answers" not in err and "%" not in err  # no bars
-    assert result["student_layers"] == [0, 3]
-    assert len(result["losses"]) == 12
-    before, after = result["before"], result["after"]
-    assert after["loss"] < before["loss"]
-    assert before["acceptance"] < after["acceptance"] <= 1
-    assert [m["way"] for m in result["compared"]] == list(compare.WAYS)
-    assert all(m["minimum"] <= m["median"] for m in result["compared"])
-    assert (
-        all(m["peak_bytes"] is not None for m in result["compared"])
-        is Path("/proc/self/clear_refs").exists()
-    )
-
-    student, _ = models.load(str(output), torch.float32)
-    assert student.config.num_hidden_layers == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"student"}
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_memory")
-def test_the_same_seed_gives_the_same_run(tiny: Path) -> None:
-    def losses(seed: int) -> list[float]:
-        return demo.run(options(tiny, steps=3, seed=seed), progress=False).losses
-
-    first = losses(1)
-    assert losses(1) == first
-    assert losses(2) != first
-
-
-@pytest.mark.usefixtures("no_memory")
 def test_the_table_and_the_bars(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = demo.table(demo.run(options(tiny, steps=2, kind="jsd")))
-    assert "student learns: 100%" in capsys.readouterr().err
-    for words in ("2 steps of jsd", "acceptance", "teacher answering", "eager PyTorch"):
+    result = demo.run(options(tiny, steps=12, divergence="jsd"))
+    assert "draft learns: 100%" in capsys.readouterr().err
+    text = demo.table(result)
+    for words in ("12 steps of jsd", "acceptance", "transformers' generate", "prompt lookup"):
         assert words in text
+    assert "Of 16 greedy texts with a draft 16 are those of the model alone." in text
     assert max(map(len, text.splitlines()[1:])) <= 100
+    assert "The draft is in" not in text
+    trained = result.trained
+    assert trained.before.acceptance < trained.after.acceptance <= 1
+    for rates in (result.greedy, result.sampled, result.copying):
+        assert [x.way for x in rates] == [speed.PLAIN, "the draft", "prompt lookup"]
+        assert all(x.texts == 4 and x.seconds > 0 for x in rates)
+        assert rates[0].per_run == 1
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_memory")
-def test_a_wrong_loss_gets_no_ratio(tiny: Path) -> None:
-    from dataclasses import replace
-
-    result = demo.run(options(tiny, steps=1), progress=False)
-    assert "times as fast" in demo.table(result)
-    eager, ours, *rest = result.compared
-    wrong = replace(result, compared=[eager, replace(ours, loss=2 * eager.loss), *rest])
-    assert "times as fast" not in demo.table(wrong)
-
-
-def test_answers_count_up_to_the_end_token(tiny: Path) -> None:
-    """And the logits kept for column t are those that token t was drawn from."""
-    teacher, tokenizer = models.load(str(tiny), torch.float32)
-    torch.manual_seed(0)
-    texts = answers.sample(
-        teacher, *answers.encode(tokenizer, ["a", "long prompt"]), answers=2, new_tokens=8, pad=0,
-        dtype=torch.float32,
-    )  # fmt: skip
-    width = texts.ids.shape[1] - 8
-    assert texts.counted.shape == (4, 8)
-    ids = texts.ids.clone()
-    ids[0, width + 2] = 0  # as if the third token had ended the answer
-    ended = (ids[:, width:] == 0).long()
-    found = answers.counted(ids[:, width:], teacher.generation_config.eos_token_id)
-    assert found[0, :4].tolist() == [True, True, True, False]
-    assert bool((found == (ended.cumsum(-1) - ended == 0)).all())
-
-    got = answers.answer_logits(teacher, texts, torch.float32)
-    row = texts.ids[2:3]  # the longer prompt has no padding
-    assert bool(texts.attended[2].all())
-    want = teacher(row).logits[:, width - 1 : -1]
-    torch.testing.assert_close(got[2:3], want, rtol=1e-4, atol=1e-4)
-    short = texts.ids[0:1, texts.attended[0].bool()]
-    want = teacher(short).logits[:, -9:-1]
-    torch.testing.assert_close(got[0:1], want, rtol=1e-4, atol=1e-4)
+def test_the_draft_is_kept_where_it_is_asked_for(tiny: Path, tmp_path: Path) -> None:
+    output = tmp_path / "draft"
+    result = demo.run(options(tiny, steps=2, output=output), progress=False)
+    assert f"The draft is in {output}." in demo.table(result)
+    target, _ = models.load(str(tiny), torch.float32)
+    draft, _ = models.draft_of(target, str(output), torch.float32)
+    assert (draft.stem, draft.layers, len(draft.draft_vocab)) == (1, 1, 40)
+    assert {path.name for path in tmp_path.iterdir()} == {"draft"}
+    found = json.loads(json.dumps(result.to_json()))
+    assert found["trained"]["options"]["steps"] == 2
+    again = demo.run(options(tiny, steps=2), progress=False)
+    assert again.trained.losses == result.trained.losses
 
 
-def test_the_student_is_the_chosen_layers_of_the_teacher(tiny: Path) -> None:
-    teacher, _ = models.load(str(tiny), torch.float32)
-    student, chosen = models.shallow_copy(teacher, 3)
-    assert chosen == [0, 2, 3]
-    for new, old in enumerate(chosen):
-        for key, value in student.model.layers[new].state_dict().items():
-            assert torch.equal(value, teacher.model.layers[old].state_dict()[key])
-    assert student.lm_head.weight is student.model.embed_tokens.weight
-    whole, chosen = models.shallow_copy(teacher, 4)
-    ids = torch.arange(1, 9)[None]
-    assert torch.equal(whole.eval()(ids).logits, teacher(ids).logits)
-    with pytest.raises(UsageError, match=r"--layers 5 is outside 1\.\.4"):
-        models.shallow_copy(teacher, 5)
+def test_rates_count_what_every_way_wrote(tiny: Path) -> None:
+    """Greedy texts are the target's with any draft, right or wrong, and the same as transformers'
+    assisted generation; the tokens of a run of the target are what its runs gave."""
+    target, tokenizer = models.load(str(tiny), torch.float32)
+    drafts = {"two layers": truncated(target, 2), "lookup": "ngram", "itself": truncated(target, 4)}
+    contestants = speed.ways(target, drafts, assisted=True)
+    assert list(contestants) == [
+        speed.PLAIN, "two layers", "two layers, transformers", "lookup", "lookup, transformers",
+        "itself", "itself, transformers",
+    ]  # fmt: skip
+    settings = {"new_tokens": 12, "temperature": 0.0}
+    rates = speed.measure(tokenizer, ["a", "b"], contestants, **settings)
+    tokens = rates[0].tokens
+    assert 2 <= tokens <= 24
+    for x in rates:
+        assert (x.tokens, x.same, x.texts) == (tokens, 2, 2)
+    by_way = {x.way: x for x in rates}
+    assert by_way["itself, transformers"].per_run is None
+    assert 1 <= (by_way["two layers"].per_run or 0)
+    lines = speed.table(rates)
+    assert len(lines) == 9 and lines[2].startswith(f"| {speed.PLAIN} |")
+    assert "| 1.00 | 1.00 | 2 of 2 |" in lines[2] and "| - | 2 of 2 |" in lines[4]
+
+    def wrong(ids: torch.Tensor, settings: dict[str, Any], seed: int) -> speed.Written:
+        return speed.Written(torch.full((12,), 7), 3)
+
+    found = speed.measure(tokenizer, ["a"], {**contestants, "wrong": wrong}, **settings)[-1]
+    assert (found.same, found.per_run) == (0, 4)
+    sampled = speed.measure(
+        tokenizer, ["a"], speed.ways(target, {}), new_tokens=6, temperature=1.0, seed=3
+    )
+    assert speed.table(sampled)[2].endswith("| 1.00 | - |")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing"])
@@ -150,25 +114,10 @@ def test_an_output_that_exists_is_refused_before_the_work(
     assert (tmp_path / "mine").read_text() == "keep"
 
 
-@pytest.mark.slow
-def test_memory_is_what_a_way_allocates_above_its_inputs() -> None:
-    logits = torch.randn(64, 50_000)
-    found = compare._peaks(logits, torch.randn(64, 50_000))
-    eager, ours, overwriting = found.values()
-    if eager is None or ours is None or overwriting is None:
-        pytest.skip("this system does not report a process's peak memory")
-    size = logits.numel() * 4
-    assert eager > 2.9 * size  # two log-softmaxes and a gradient at least
-    assert overwriting < eager
-    if _native.available():
-        assert ours < 1.3 * size  # the gradient
-        assert overwriting < 0.3 * size
-
-
 def test_shipped_prompts_are_split_and_distinct() -> None:
-    train, held_out = answers.prompts()
+    train, held_out = prompts.shipped()
     assert (len(train), len(held_out)) == (40, 8)
-    assert len({*train, *held_out}) == 48
+    assert len({*train, *held_out, *prompts.copying()}) == 48 + 6
 
 
 @pytest.fixture

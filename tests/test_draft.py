@@ -113,7 +113,7 @@ def test_filters_leave_what_verify_would_keep(divergence: str) -> None:
         {"draft_vocab": "40", "divergence": "acceptance", "top_k": 20},
         {"draft_vocab": "40", "divergence": "tvd", "on_policy": 0.5},
         {"draft": "feature:1"},
-        {"draft": "feature:2", "unroll": 3, "draft_vocab": "40", "divergence": "acceptance"},
+        {"draft": "feature:1+1", "unroll": 3, "draft_vocab": "40", "divergence": "acceptance"},
         {"draft": "feature:1", "width": 16, "source": "text", "schedule": "cosine"},
         {"signal": "verify", "divergence": "acceptance"},
         {"signal": "verify", "divergence": "forward_kl", "train_embeddings": True},
@@ -268,12 +268,14 @@ def test_a_comparison_is_one_table(
     command = ["draft", "--model", str(tiny), "--output", str(folder), "--compare", "--draft"]
     command += ["layers:1", "feature:1", "--divergence", "forward_kl", "tvd", "--source", "target"]
     command += ["text", "--steps", "2", "--batch", "2", "--answers", "1", "--length", "4", "--json"]
+    command += ["--short-steps", "1"]
     assert cli.main(command) == 0
     result = json.loads(capsys.readouterr().out)
-    named = [(x["draft"], x["divergence"], x["source"]) for x in result["rows"]]
+    named = [(x["draft"], x["divergence"], x["source"], x["steps"]) for x in result["rows"]]
     assert named == [
-        ("layers:1", "forward_kl", "target"), ("feature:1", "forward_kl", "target"),
-        ("layers:1", "tvd", "target"), ("layers:1", "forward_kl", "text"),
+        ("layers:1", "forward_kl", "target", 1), ("feature:1", "forward_kl", "target", 1),
+        ("layers:1", "tvd", "target", 1), ("layers:1", "forward_kl", "text", 1),
+        ("layers:1", "forward_kl", "target", 2),
     ]  # fmt: skip
     assert result == json.loads((folder / "table.json").read_text())
     lines = (folder / "table.md").read_text().splitlines()
@@ -327,9 +329,10 @@ def test_a_teacher_cache_teaches(tiny: Path, tmp_path: Path) -> None:
         (["--signal", "none"], "--signal none is not known; use one of teacher, verify"),
         (["--schedule", "step"], "--schedule step is not known; use one of linear, cosine"),
         (["--width", "16"], "--width 16 is of a feature draft; add --draft feature:1"),
+        (["--short-steps", "2"], "--short-steps 2 is of a comparison; add --compare"),
         (["--unroll", "2"], "--unroll 2 is of a feature draft"),
         (["--draft", "feature:1", "--on-policy", "1"], "writes no text alone; use --unroll 3"),
-        (["--draft", "feature:1,2"], "--draft feature:1,2 names layers; use feature:1"),
+        (["--draft", "feature:1,2"], "feature:1,2 names no numbers of layers; use feature:1"),
         (["--draft", "feature:1", "--width", "12"], "width=12 is not a multiple of 8"),
         (["--draft-vocab", "1"], "--draft-vocab 1 is outside 2..257"),
         (["--draft-vocab", "/none"], "--draft-vocab /none is no number and no JSON list"),

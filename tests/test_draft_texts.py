@@ -172,18 +172,19 @@ def test_batches_take_every_row_once_an_epoch() -> None:
     assert len(draft_training.batch_rows(3, 8, 1, seed=0)) == 8
 
 
-def test_the_input_of_a_feature_draft_is_fitted(target: Any) -> None:
+@pytest.mark.parametrize("stem", [0, 1])
+def test_the_input_of_a_feature_draft_is_fitted(stem: int) -> None:
     """Here the state before the last layer is made a linear function of both, which is found."""
-    model = llama(2)
+    model = llama(2 + stem)
     with torch.no_grad():
-        for name in ("o_proj", "down_proj"):  # the first layer adds nothing to the embedding
+        for name in ("o_proj", "down_proj"):  # the layer between adds nothing to what is below
             part = "self_attn" if name == "o_proj" else "mlp"
-            getattr(getattr(model.model.layers[0], part), name).weight.zero_()
+            getattr(getattr(model.model.layers[stem], part), name).weight.zero_()
     texts = answers_of(
         model, PROMPTS, answers=40, new_tokens=20, batch=40, seed=0, ends=[],
         warpers={"temperature": 1.0}, keep_states=True,
     )  # fmt: skip
-    draft = feature(model)
+    draft = feature(model, stem=stem)
     torch.nn.init.normal_(draft.fc.weight)
     draft_training.fit_input(draft, model, texts, 64)
     want = torch.cat([torch.zeros(32, 32), torch.eye(32)], -1)

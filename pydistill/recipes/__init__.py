@@ -18,8 +18,3 @@ def bar(shown: bool, total: int, label: str, done: int = 0) -> Any:
         total=total, initial=done, desc=label, file=sys.stderr, disable=not shown,
         dynamic_ncols=True,
     )  # fmt: skip
-
-
-def rate_at(step: int, steps: int) -> float:
-    """Of the largest learning rate: it rises over the first tenth, and falls to a tenth."""
-    return min((step + 1) / max(1, steps // 10), max(0.1, 1 - step / steps))

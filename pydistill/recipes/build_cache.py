@@ -25,7 +25,7 @@ from pydistill import topk_logprobs
 from pydistill.cache import CacheError, CacheWriter, Manifest, TeacherCache, tokenizer_hash
 from pydistill.recipes import UsageError, models
 from pydistill.recipes import bar as progress_bar
-from pydistill.recipes.answers import prompts
+from pydistill.recipes.prompts import shipped
 
 _LOGITS_AT_ONCE = 2**28  # elements of the model's output: 512 MB in bf16
 # What models do to their head's output, by the name in the configuration: Cohere, Granite, Gemma,
@@ -99,7 +99,7 @@ def read_texts(path: Path | None) -> list[str | list[dict[str, str]]]:
     plain text in any other; empty lines are left out. None gives the demo's prompts.
     """
     if path is None:
-        return [[{"role": "user", "content": prompt}] for part in prompts() for prompt in part]
+        return [[{"role": "user", "content": prompt}] for part in shipped() for prompt in part]
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -35,9 +35,8 @@ from torch import Tensor
 
 import pydistill
 from pydistill.cache import CacheError, TeacherCache
-from pydistill.recipes import UsageError, build_cache, draft_files, draft_texts, models
+from pydistill.recipes import UsageError, build_cache, draft_files, draft_texts, models, prompts
 from pydistill.recipes import bar as progress_bar
-from pydistill.recipes.answers import prompts
 from pydistill.recipes.draft_texts import Reader, Texts, mixed, pack
 from pydistill.recipes.draft_training import (
     DIVERGENCES,
@@ -271,10 +270,7 @@ def evaluate(
             totals += torch.stack([x.double().sum() for x in (found.acceptance, same)])
             count += len(q)
             bar.update(len(rows))
-    longest = max(map(len, data.held_out_prompts))
-    ids = torch.tensor([[0] * (longest - len(x)) + x for x in data.held_out_prompts])
-    attended = torch.tensor([[0] * (longest - len(x)) + [1] * len(x) for x in
-                             data.held_out_prompts])  # fmt: skip
+    ids, attended = prompts.padded(data.held_out_prompts)
     no_pad: dict[str, Any] = {} if end_tokens(target) else {"pad_token_id": 0}
     stats = pydistill.generate(
         target, serving, ids, attention_mask=attended, do_sample=True, seed=options.seed,
@@ -289,7 +285,7 @@ def evaluate(
 def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = False) -> Data:
     """Held-out answers, and what is to be learnt: they depend on the options and their seed. What
     the target wrote is kept, and read again by whoever asks for the same."""
-    train, held_out = prompts()
+    train, held_out = prompts.shipped()
     if options.prompts is not None:
         given = build_cache.read_texts(options.prompts)
         train = [text for text in given if isinstance(text, str)]
@@ -304,7 +300,7 @@ def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = Fa
     }  # fmt: skip
     if options.own_prompts:
         train = train + _own_prompts(target, tokenizer, options, folder, shared)
-    learn, judge = encoded(tokenizer, train), encoded(tokenizer, held_out)
+    learn, judge = prompts.encoded(tokenizer, train), prompts.encoded(tokenizer, held_out)
     for ids in (learn, judge):
         _check_lengths(target, ids, options)
 
@@ -357,21 +353,6 @@ def _own_prompts(
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found), "utf-8")
     part.replace(path)
-    return found
-
-
-def encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The prompts' tokens, each a user's message where the tokenizer has a chat template, else the
-    beginning of a text."""
-    chat = tokenizer.chat_template is not None
-    if chat:
-        texts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-            )
-            for text in texts
-        ]
-    found: list[list[int]] = tokenizer(texts, add_special_tokens=not chat)["input_ids"]
     return found
 
 

@@ -1,8 +1,10 @@
-"""Several short trainings of drafts for one target, and one table of what each gained.
+"""Several trainings of drafts for one target, and one table of what each gained.
 
 The first draft, divergence and source are the base; each further one replaces its own in it, and
-nothing else. All learn from the same answers of the target, which are written once, and are judged
-on the same held-out prompts. A comparison that was ended goes on with the row that it was at.
+nothing else. With `short_steps` all are trained for so many steps, and the base again for its own
+number, last, so that one command compares and then makes the draft that is wanted. All learn from
+the same answers of the target, which are written once, and are judged on the same held-out prompts.
+A comparison that was ended goes on with the row that it was at.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Row:
     draft: str
     divergence: str
     source: str
+    steps: int
     parameters: int  # of the draft's own
     before: Quality
     after: Quality
@@ -53,15 +56,16 @@ def run(
     divergences: Sequence[str],
     sources: Sequence[str],
     progress: bool = True,
+    short_steps: int | None = None,
 ) -> Result:
     """Trains one draft a row into folders of `base.output`, and writes `table.json` and `table.md`
     there; UsageError for what cannot be met."""
-    chosen = variants(base, drafts, divergences, sources)
+    chosen = variants(base, drafts, divergences, sources, short_steps)
     for _, options in chosen:
         check(options)
     team = Team()
     if team.first:
-        _begin(base, [name for name, _ in chosen])
+        _begin(base, [(name, options.steps) for name, options in chosen])
     team.wait()
     target, tokenizer = models.load(base.model, models.compute_dtype(), progress and team.first)
     rows: list[Row] = []
@@ -75,8 +79,9 @@ def run(
         found = train(options, target, tokenizer, progress)
         rows.append(
             Row(
-                options.draft, options.divergence, source_of(options), found.parameters[1],
-                found.before, found.after, found.tokens, found.distinct, found.folder,
+                options.draft, options.divergence, source_of(options), options.steps,
+                found.parameters[1], found.before, found.after, found.tokens, found.distinct,
+                found.folder,
             )
         )  # fmt: skip
         if team.first:
@@ -90,7 +95,11 @@ def run(
 
 
 def variants(
-    base: Options, drafts: Sequence[str], divergences: Sequence[str], sources: Sequence[str]
+    base: Options,
+    drafts: Sequence[str],
+    divergences: Sequence[str],
+    sources: Sequence[str],
+    short_steps: int | None = None,
 ) -> list[tuple[str, Options]]:
     """The base, and what differs from it in one thing, each with a folder of its own."""
     for source in sources:
@@ -101,6 +110,8 @@ def variants(
     found += [_of(base, x, divergences[0], sources[0]) for x in drafts[1:]]
     found += [_of(base, drafts[0], x, sources[0]) for x in divergences[1:]]
     found += [_of(base, drafts[0], divergences[0], x) for x in sources[1:]]
+    if short_steps is not None:
+        found = [replace(x, steps=short_steps) for x in found] + [first]
     named = []
     for number, options in enumerate(found):
         words = f"{options.draft} {options.divergence} {source_of(options)}"
@@ -124,10 +135,10 @@ def source_of(options: Options) -> str:
     return next(name for name, known in SOURCES.items() if known == pair)
 
 
-def _begin(base: Options, names: list[str]) -> None:
+def _begin(base: Options, rows: list[tuple[str, int]]) -> None:
     """The folder, which is this comparison's: begun now, or before with the same options."""
     path = base.output / "comparison.json"
-    wanted = json.loads(json.dumps({"options": draft_files.named(base), "rows": names}))
+    wanted = json.loads(json.dumps({"options": draft_files.named(base), "rows": rows}))
     if path.exists():
         if json.loads(path.read_text("utf-8")) != wanted:
             raise UsageError(
@@ -156,17 +167,16 @@ def table(result: Result) -> str:
     drafted = result.options["num_draft_tokens"]
     lines = [
         f"Drafts for {result.model}, temperature {result.options['temperature']:g}, on held-out"
-        f" prompts, before -> after {result.options['steps']} steps; tokens a run of the target"
-        f" with {drafted} drafted.",
+        f" prompts, before -> after training; tokens a run of the target with {drafted} drafted.",
         "",
-        "| draft | divergence | source | parameters | distinct tokens | acceptance |"
+        "| draft | divergence | source | steps | parameters | distinct tokens | acceptance |"
         " same choice | tokens a run |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for x in result.rows:
         a, b = x.before, x.after
         lines.append(
-            f"| {x.draft} | {x.divergence} | {x.source} | {x.parameters / 1e6:.1f}M |"
+            f"| {x.draft} | {x.divergence} | {x.source} | {x.steps} | {x.parameters / 1e6:.1f}M |"
             f" {x.distinct or '-'} | {a.acceptance:.1%} -> {b.acceptance:.1%} |"
             f" {a.same_choice:.1%} -> {b.same_choice:.1%} |"
             f" {a.block_efficiency:.2f} -> {b.block_efficiency:.2f} |"

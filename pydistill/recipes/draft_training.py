@@ -142,14 +142,14 @@ class Drafter:
 @torch.no_grad()
 def fit_input(draft: FeatureDraft, target: Any, texts: Texts, row: int) -> None:
     """Sets W of a feature draft, whose layers are the target's last, by least squares: to give
-    these, of a state and a token's embedding, what enters them in the target.
+    these, of a state and what the stem makes of a token, what enters them in the target.
 
-    Of about 8,192 tokens, with a ridge of 1e-3 of each number's mean square.
+    Of about 32,768 tokens, with a ridge of 1e-3 of each number's mean square.
     """
-    layers, size = draft.config.num_hidden_layers, draft.features
+    size = draft.features
     square = torch.zeros(2 * size, 2 * size, dtype=torch.float64)
     product = torch.zeros(2 * size, size, dtype=torch.float64)
-    chosen = int((texts.begins <= 8192).sum()) - 1
+    chosen = int((texts.begins <= 32768).sum()) - 1
     for documents in torch.split(torch.arange(max(1, chosen)), 16):
         packed = pack(texts[documents], row)
         with autocast(models.compute_dtype()):
@@ -160,9 +160,9 @@ def fit_input(draft: FeatureDraft, target: Any, texts: Texts, row: int) -> None:
             )  # fmt: skip
         states = found.last_hidden_state.roll(1, 1)
         states = states.masked_fill((packed.positions == 0)[..., None], 0)
-        given = torch.cat([states, target.get_input_embeddings()(packed.ids)], -1)
+        given = torch.cat([states, found.hidden_states[draft.stem]], -1)
         here = packed.index >= 0
-        x, y = given[here].float(), found.hidden_states[-1 - layers][here].float()
+        x, y = given[here].float(), found.hidden_states[-1 - draft.layers][here].float()
         square += (x.T @ x).double()
         product += (x.T @ y).double()
     size_of = square.diagonal().clone()

@@ -191,24 +191,6 @@ def _part(target: Path) -> str:
     return f".{target.name}.part-"
 
 
-def shallow_copy(teacher: Any, layers: int) -> tuple[Any, list[int]]:
-    """An fp32 student of `layers` of the teacher's layers, evenly spaced, and their indices.
-
-    Embeddings, final norm, head and the chosen layers start as the teacher's weights.
-    """
-    total = teacher.config.num_hidden_layers
-    if not 1 <= layers <= total:
-        raise UsageError(f"--layers {layers} is outside 1..{total}, the layers of the teacher.")
-    chosen = [round(i * (total - 1) / max(1, layers - 1)) for i in range(layers)]
-    try:
-        return in_dtype(truncated(teacher, chosen), torch.float32), chosen
-    except ValueError as error:
-        raise UsageError(
-            f"{type(teacher).__name__} does not keep its layers in a list named `layers`;"
-            " choose another --model."
-        ) from error
-
-
 def draft_of(
     target: Any,
     name: str,
@@ -220,18 +202,16 @@ def draft_of(
     """The draft model `name` for the target, and its tokenizer, None if that is the target's.
 
     `name` is `layers:6` for so many of the target's layers, evenly spaced, `layers:0,1,29` for
-    these, `feature:1` for so many layers on its hidden states, what `load` takes, or a folder with
-    a draft that was made here. `draft_vocab` reduces its head, as `speculative.reduced` takes it;
-    `width` is that of `feature`.
+    these, `feature:1` for so many layers on its hidden states, `feature:2+1` for those on its first
+    two layers, what `load` takes, or a folder with a draft that was made here. `draft_vocab`
+    reduces its head, as `speculative.reduced` takes it; `width` is that of `feature`.
     """
     try:
         if name.startswith("layers:"):
             return in_dtype(truncated(target, _layers(name), draft_vocab=draft_vocab), dtype), None
         if name.startswith("feature:"):
-            count = _layers(name)
-            if not isinstance(count, int):
-                raise UsageError(f"--draft {name} names layers; use feature:1 or feature:2.")
-            made = feature(target, count, width=width, draft_vocab=draft_vocab)
+            stem, layers = _stem_and_layers(name)
+            made = feature(target, layers, stem=stem, width=width, draft_vocab=draft_vocab)
             return in_dtype(made, dtype), None
         draft, tokenizer = _load_draft(target, name, dtype, progress)
         return draft if draft_vocab is None else reduced(draft, draft_vocab), tokenizer
@@ -249,6 +229,17 @@ def _layers(name: str) -> int | list[int]:
         )
     layers = [int(part) for part in chosen]
     return layers if len(layers) > 1 else layers[0]
+
+
+def _stem_and_layers(name: str) -> tuple[int, int]:
+    parts = name.partition(":")[2].split("+")
+    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() for part in parts):
+        raise UsageError(
+            f"--draft {name} names no numbers of layers; use feature:1, or feature:2+1 for one on"
+            " the target's first two."
+        )
+    *below, layers = (int(part) for part in parts)
+    return sum(below), layers
 
 
 def _load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ import torch
 
 import pydistill
 from pydistill.recipes import UsageError, models
+from pydistill.recipes.prompts import encoded
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,7 @@ def sampling(options: Any) -> dict[str, Any]:
 
 def prompt_ids(tokenizer: Any, text: str) -> torch.Tensor:
     """int64 `[1, P]`: a user's message where there is a chat template, else a text's beginning."""
-    chat = tokenizer.chat_template is not None
-    if chat:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-        )
-    ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).input_ids
-    return ids.long()  # an empty text has none, which are floats
+    return torch.tensor(encoded(tokenizer, [text])).long()  # an empty text has none
 
 
 def load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:

@@ -1,9 +1,10 @@
-"""A draft on the target's own hidden states: EAGLE's.
+"""A draft on the target's own hidden states: EAGLE's, on the target's first layers.
 
 At a position t whose token x_t is known, the target has left its last hidden state f_{t-1}, of the
-run that led to x_t. With e the target's embeddings and W [H', 2H],
+run that led to x_t. With s_t what the target's first `stem` layers make of the tokens up to x_t,
+its embedding where there are none, and W [H', 2H],
 
-    g_t = N(layers(W [f_{t-1}; e(x_t)]))        q(x_{t+1}) = softmax(head g_t),   f_{-1} = 0
+    g_t = N(layers(W [f_{t-1}; s_t]))        q(x_{t+1}) = softmax(head g_t),   f_{-1} = 0
 
 layers being one or two of the target's architecture, which attend to those before as the target's
 do, N its final norm, and the head the target's or some of its rows. g_t is meant to be like f_t:
@@ -13,11 +14,14 @@ for the next token it takes its place, and the state of a verified token in turn
     at              t           t + 1       t + 2       the last committed token, and two drafted
     its feature     f_{t-1}     g_t         g_{t+1}
 
-So a draft costs a layer or two and a head, and reads what the target found out. It learns
-one step at every position at once; `unroll` also gives the further steps, each position's on the
-steps before it, as they will be met (EAGLE-3's training-time test).
+So a draft costs a few layers and a head, and reads what the target found out. What f_{t-1} lacks is
+x_t; one or two layers of the target put it into its context, exactly, before W, and so are worth
+more than as many behind it. The draft learns one step at every position at once; `unroll` also
+gives the further steps, each position's on the steps before it, as they will be met (EAGLE-3's
+training-time test).
 
-Sources: EAGLE, Li et al. 2024, arXiv 2401.15077; EAGLE-3, Li et al. 2025, arXiv 2503.01840.
+Sources: EAGLE, Li et al. 2024, arXiv 2401.15077; EAGLE-3, Li et al. 2025, arXiv 2503.01840; a
+target's first layers as a draft, Kangaroo, Liu et al. 2024, arXiv 2404.18911.
 """
 
 from __future__ import annotations
@@ -49,12 +53,13 @@ class FeatureDraft(nn.Module):
         self,
         target: Any,
         layers: int = 1,
+        stem: int = 0,
         width: int | None = None,
         draft_vocab: int | Sequence[int] | Tensor | None = None,
     ) -> None:
         super().__init__()
         base, size = target.base_model, target.get_output_embeddings().in_features
-        self.config = _config(base.config, layers, width)
+        self.config, self.stem = _config(base.config, layers, stem, width), stem
         inner = self.config.hidden_size
         small = copy.deepcopy(self.config)
         small.vocab_size, small.pad_token_id = 1, None  # its own embeddings are not used
@@ -78,6 +83,11 @@ class FeatureDraft(nn.Module):
             self.head.weight.copy_(whole.weight[ids])
             if whole.bias is not None:
                 self.head.bias.copy_(whole.bias[ids])
+
+    @property
+    def layers(self) -> int:
+        """Behind W."""
+        return self.config.num_hidden_layers - self.stem  # type: ignore[no-any-return]
 
     @property
     def features(self) -> int:
@@ -121,13 +131,21 @@ class FeatureDraft(nn.Module):
         use_cache: bool = False,
     ) -> Tensor:
         """g `[B, T, H]`."""
-        embedded = self._target[0](input_ids)
-        joined = torch.cat([features.to(self.dtype), embedded.to(self.dtype)], -1)
         keywords = {} if cache is None else {self._cache or "": cache}
-        found: Tensor = self.model(
-            inputs_embeds=self.fc(joined), attention_mask=attention_mask,
-            position_ids=position_ids, use_cache=use_cache, **keywords,
-        ).last_hidden_state  # fmt: skip
+
+        def join(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            below, *rest = given
+            return self.fc(torch.cat([features.to(below.dtype), below], -1)), *rest
+
+        hook = self.model.layers[self.stem].register_forward_pre_hook(join)
+        try:
+            found: Tensor = self.model(
+                inputs_embeds=self._target[0](input_ids).to(self.dtype),
+                attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+                **keywords,
+            ).last_hidden_state  # fmt: skip
+        finally:
+            hook.remove()
         return found if self.out is None else self.out(found)
 
     def logits(self, states: Tensor) -> Tensor:
@@ -171,7 +189,7 @@ class FeatureDraft(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         form = {
-            _FORMAT: "feature", "layers": self.config.num_hidden_layers,
+            _FORMAT: "feature", "layers": self.layers, "stem": self.stem,
             "width": self.config.hidden_size, "features": self.features,
             "draft_vocab_size": None if self.head is None else self.head.out_features,
         }  # fmt: skip
@@ -184,17 +202,19 @@ def feature(
     target: Any,
     layers: int = 1,
     *,
+    stem: int = 0,
     width: int | None = None,
     draft_vocab: int | Sequence[int] | Tensor | None = None,
 ) -> FeatureDraft:
-    """A draft of one or two layers that reads the target's hidden states.
+    """A draft of a few layers that reads the target's hidden states.
 
     Args:
         target: a causal model of transformers, with a base model of layers in a list and a linear
             head.
         layers: how many, copied from the target's last ones, with its final norm.
+        stem: how many of the target's first layers, copied, stand below.
         width: H', of the layers; another one than the target's H makes random layers with heads of
-            the target's size, and a product back to H.
+            the target's size, and a product back to H, and has no stem.
         draft_vocab: the tokens that its head knows, as in `reduced`; None: the target's head.
 
     Returns:
@@ -210,13 +230,19 @@ def feature(
     total = base.config.num_hidden_layers
     if not 1 <= layers <= total:
         raise ValueError(f"layers={layers} is outside 1..{total}, the layers of the target.")
-    draft = FeatureDraft(target, layers, width, draft_vocab)
+    if not 0 <= stem <= total - layers:
+        raise ValueError(
+            f"stem={stem} is outside 0..{total - layers}, the layers that the target has beside"
+            f" layers={layers}."
+        )
+    draft = FeatureDraft(target, layers, stem, width, draft_vocab)
     if draft.out is None:
-        # The token's own embedding stands where the layer below stood; the feature begins small.
+        # What is below stands where the layer below stood; the feature begins small.
         nn.init.normal_(draft.fc.weight, std=0.02)
         with torch.no_grad():
             draft.fc.weight[:, draft.features :] += torch.eye(draft.features)
-        for new, old in zip(draft.model.layers, base.layers[-layers:], strict=True):
+        kept = [*base.layers[:stem], *base.layers[-layers:]]
+        for new, old in zip(draft.model.layers, kept, strict=True):
             new.load_state_dict(old.state_dict())
         if hasattr(base, "norm"):
             draft.model.norm.load_state_dict(base.norm.state_dict())
@@ -236,19 +262,26 @@ def load_feature(folder: Path, target: Any, dtype: torch.dtype) -> FeatureDraft:
         )
     width = None if form["width"] == size else form["width"]
     weights = load_file(folder / "model.safetensors")
-    draft = FeatureDraft(target, form["layers"], width, weights.get("draft_vocab"))
+    draft = FeatureDraft(
+        target, form["layers"], form.get("stem", 0), width, weights.get("draft_vocab")
+    )
     draft.load_state_dict(weights)
     return in_dtype(draft.to(target.device), dtype).eval()  # type: ignore[no-any-return]
 
 
-def _config(config: Any, layers: int, width: int | None) -> Any:
-    """The target's, of so many layers, of the kinds of its last ones, and of another width."""
+def _config(config: Any, layers: int, stem: int, width: int | None) -> Any:
+    """The target's, of its first and last layers' kinds, and of another width."""
     new = copy.deepcopy(config)
-    new.num_hidden_layers = layers
+    new.num_hidden_layers = stem + layers
     if getattr(config, "layer_types", None):
-        new.layer_types = list(config.layer_types[-layers:])
+        new.layer_types = [*config.layer_types[:stem], *config.layer_types[-layers:]]
     if width is None or width == config.hidden_size:
         return new
+    if stem:
+        raise ValueError(
+            f"stem={stem}, the target's layers, goes with the target's width of"
+            f" {config.hidden_size}; drop width={width}."
+        )
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     if width < 1 or width % size:

@@ -20,7 +20,10 @@ from pydistill.speculative.drafts import FeatureModelDraft, Request
 from pydistill.speculative.settings import read
 
 WORDS = [3, 60, 7, 20, 21, 22, 41, 5, 9, 33]
-FORMS = ({}, {"layers": 2, "draft_vocab": WORDS}, {"width": 16}, {"width": 24, "draft_vocab": 30})
+FORMS = (
+    {}, {"layers": 2, "draft_vocab": WORDS}, {"width": 16}, {"width": 24, "draft_vocab": 30},
+    {"stem": 2, "draft_vocab": WORDS},
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,9 @@ def test_a_batch_is_its_requests_seed_for_seed(target: Any, draft: Any) -> None:
         assert torch.equal(many.tokens[row, : int(one.num_tokens)], one.tokens[0])
 
 
-@pytest.mark.parametrize("form", [{"layers": 2}, {"width": 16, "draft_vocab": WORDS}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{"layers": 2}, {"width": 16, "draft_vocab": WORDS}, {"stem": 1}], ids=str
+)
 def test_proposals_are_those_of_training(target: Any, form: dict[str, Any]) -> None:
     """After blocks of unequal acceptance, and plain ones between: the rows that a batch drafts from
     are step by step those of `unroll` on each text, which has no cache."""
@@ -147,6 +152,18 @@ def test_unrolled_steps_have_gradients_of_each_other(target: Any, draft: Any) ->
     torch.testing.assert_close((grad * direction).sum(), (high - low) / 2e-2, rtol=0.03, atol=1e-3)
 
 
+def test_the_stem_is_the_targets(target: Any) -> None:
+    """Where W hands on what the first layers make, and the others follow, the draft is the target,
+    whatever the states."""
+    draft, (ids, mask) = feature(target, 2, stem=1), prompts()
+    draft.fc.weight.data.copy_(torch.cat([torch.zeros(32, 32), torch.eye(32)], -1))
+    with torch.no_grad():
+        want = target(input_ids=ids, attention_mask=mask).logits
+        found = draft(ids, torch.randn(3, 9, 32), attention_mask=mask).logits
+    here = mask.bool()
+    torch.testing.assert_close(found[here], want[here], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_saved_and_loaded(target: Any, tmp_path: Path, form: dict[str, Any]) -> None:
     draft = feature(target, **form)
@@ -168,6 +185,10 @@ def test_the_target_is_shared_and_not_trained(target: Any) -> None:
     assert draft.num_parameters() < 2 * 32 * 32 + 3 * 32 * 64 + 4 * 32 * 32 + 10 * 32 + 200
     with pytest.raises(ValueError, match=r"layers=4 is outside 1\.\.3"):
         feature(target, 4)
+    with pytest.raises(ValueError, match=r"stem=3 is outside 0\.\.2, the layers that"):
+        feature(target, 1, stem=3)
+    with pytest.raises(ValueError, match=r"stem=1, the target's layers, .* drop width=16"):
+        feature(target, 1, stem=1, width=16)
     with pytest.raises(ValueError, match=r"width=20 is not a multiple of 8"):
         feature(target, width=20)
     other = llama(hidden_size=16)
