@@ -299,7 +299,7 @@ def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = Fa
         "length": options.length, "seed": options.seed, **options.warpers(), "ends": ends,
     }  # fmt: skip
     if options.own_prompts:
-        train = train + _own_prompts(target, tokenizer, options, folder, shared)
+        train = train + _own_prompts(target, tokenizer, options, folder, shared, progress)
     learn, judge = prompts.encoded(tokenizer, train), prompts.encoded(tokenizer, held_out)
     for ids in (learn, judge):
         _check_lengths(target, ids, options)
@@ -339,16 +339,23 @@ def make_data(target: Any, tokenizer: Any, options: Options, progress: bool = Fa
 
 
 def _own_prompts(
-    target: Any, tokenizer: Any, options: Options, folder: Path, shared: dict[str, Any]
+    target: Any,
+    tokenizer: Any,
+    options: Options,
+    folder: Path,
+    shared: dict[str, Any],
+    progress: bool,
 ) -> list[str]:
     path = draft_texts.kept(folder, {**shared, "own": options.own_prompts}).with_suffix(".json")
     if path.exists():
         found: list[str] = json.loads(path.read_text("utf-8"))
         return found
-    found = draft_texts.own_prompts(
-        target, tokenizer, options.own_prompts, options.sample_batch, options.seed,
-        end_tokens(target),
-    )  # fmt: skip
+    runs = -(-options.own_prompts // options.sample_batch)
+    with progress_bar(progress, runs * draft_texts.OWN_LENGTH, "target's prompts") as bar:
+        found = draft_texts.own_prompts(
+            target, tokenizer, options.own_prompts, options.sample_batch, options.seed,
+            end_tokens(target), bar,
+        )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_text(json.dumps(found), "utf-8")

@@ -33,6 +33,7 @@ from pydistill.speculative.cached_model import CachedModel, attention_mask, voca
 
 _COMPACT = 0.75  # of the rows of a cache, below which the ended ones are taken out
 _VERSION = 1  # of the files
+OWN_LENGTH = 48  # tokens of a prompt that the target writes, at most
 
 
 @dataclass(frozen=True)
@@ -302,10 +303,11 @@ def with_states(target: Reader, texts: Texts, width: int, temperature: float, ba
 
 
 def own_prompts(
-    target: Any, tokenizer: Any, count: int, batch: int, seed: int, ends: Sequence[int]
+    target: Any, tokenizer: Any, count: int, batch: int, seed: int, ends: Sequence[int], bar: Any
 ) -> list[str]:
     """Users' messages that the target itself writes, being shown the template up to where one
-    stands (Magpie, Xu et al. 2024, arXiv 2406.08464); each once, without the empty ones."""
+    stands (Magpie, Xu et al. 2024, arXiv 2406.08464); each once, without the empty ones. `bar`
+    advances by one a token of all."""
     if tokenizer.chat_template is None:
         raise UsageError("--own-prompts needs a tokenizer with a chat template; name --prompts.")
     mark = "MESSAGE"
@@ -314,7 +316,8 @@ def own_prompts(
     found: dict[str, None] = {}
     for begin in range(0, count, batch):
         seeds = [mixed(seed, i) for i in range(begin, min(count, begin + batch))]
-        for x in write(target, [prefix] * len(seeds), seeds, 48, {"temperature": 1.0}, ends=ends):
+        prefixes, plain = [prefix] * len(seeds), {"temperature": 1.0}
+        for x in write(target, prefixes, seeds, OWN_LENGTH, plain, ends=ends, bar=bar):
             text = tokenizer.decode(x.tokens, skip_special_tokens=True).strip()
             if text:
                 found[text] = None
