@@ -104,8 +104,8 @@ def test_ops_lists_the_kinds_that_an_operator_takes(run: Run) -> None:
         (["selftest", "attention_to_detail"], "'attention_to_detail'"),
         (["bench", "nothing"], "'nothing'"),
         (["demo", "--steps", "0"], "'0' is not a positive whole number"),
-        (["demo", "--layers", "two"], "'two' is not a positive whole number"),
-        (["demo", "--kind", "kl"], "'kl'"),
+        (["demo", "--steps", "two"], "'two' is not a positive whole number"),
+        (["demo", "--divergence", "kl"], "--divergence kl is not known; use one of forward_kl,"),
     ],
 )
 def test_a_wrong_request_gets_one_sentence(run: Run, arguments: list[str], words: str) -> None:

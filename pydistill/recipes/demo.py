@@ -27,7 +27,7 @@ class Options:
     steps: int = 60
     seed: int = 0
     output: Path | None = None
-    draft_vocab: int | None = 8192
+    draft_vocab: int | None = 16384
     new_tokens: int = 64  # of an answer that is learnt from, or timed
 
 

@@ -13,6 +13,7 @@ is the same step up to the order of sums.
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import os
 from collections.abc import Sequence
@@ -47,6 +48,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "tvd", "acceptance")
 # Between distributions of which a filter made one or both partly zero, a KL is infinite.
 UNFILTERED = ("forward_kl", "reverse_kl")
 _LEAST = 1e-6  # acceptance below which a row's own gradient is lost in fp32
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 _LATER = 0.8  # the weight of an unrolled step, over that of the one before
 
 
@@ -198,6 +200,7 @@ class Training:
         self.tokens = 0
 
     def run(self, checkpoint: Path, progress: bool = False) -> None:
+        keep_memory()
         steps, done = self.options.steps, len(self.losses)
         with progress_bar(progress, steps, "draft learns", done) as bar:
             while done < steps:
@@ -423,6 +426,18 @@ class Team:
             gradients = [x.view_as(w) for x, w in zip(parts, weights, strict=True)]
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient.div_(max(1.0, count))
+
+
+def keep_memory() -> None:
+    """Has glibc's malloc keep what a step frees for the next one, for the rest of the process.
+
+    It gives large blocks back to the system otherwise, and each page costs a fault when it is used
+    again: of SmolLM2-135M's drafts 300,000 a step, a sixth of its time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_MMAP_MAX, 0)
 
 
 def as_served(draft: Any, target: Any) -> Any:
