@@ -104,6 +104,13 @@ def table(result: Result) -> str:
     drafted = result.greedy[1:] + result.copying[1:]
     same, texts = sum(x.same for x in drafted), sum(x.texts for x in drafted)
     lines += ["", f"Of {texts} greedy texts with a draft {same} are those of the model alone."]
+    if same < texts:
+        lines.append(
+            "In bf16 a run on several tokens rounds otherwise than one on a single token, which can"
+        )
+        lines.append(
+            "decide a near-tie; `python -m benchmarks.greedy_identity` tells that from an error."
+        )
     lines += ["", f"{result.seconds:.0f} s in all."]
     if Path(trained.folder).is_dir():
         lines.append(f"The draft is in {trained.folder}.")
