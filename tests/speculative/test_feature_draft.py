@@ -13,7 +13,7 @@ from tiny_models import llama, prompts
 pytest.importorskip("transformers", reason="models need the extra `hf`")
 
 import pydistill
-from pydistill.speculative import feature, load_draft
+from pydistill.speculative import feature, load_draft, truncated
 from pydistill.speculative.decoding import Decoder
 from pydistill.speculative.draft_length import Costs, DraftLength
 from pydistill.speculative.drafts import FeatureModelDraft, Request
@@ -152,16 +152,23 @@ def test_unrolled_steps_have_gradients_of_each_other(target: Any, draft: Any) ->
     torch.testing.assert_close((grad * direction).sum(), (high - low) / 2e-2, rtol=0.03, atol=1e-3)
 
 
-def test_the_stem_is_the_targets(target: Any) -> None:
-    """Where W hands on what the first layers make, and the others follow, the draft is the target,
-    whatever the states."""
-    draft, (ids, mask) = feature(target, 2, stem=1), prompts()
-    draft.fc.weight.data.copy_(torch.cat([torch.zeros(32, 32), torch.eye(32)], -1))
+@pytest.mark.parametrize(
+    "form", [{"layers": 2}, {"layers": 1, "stem": 2}, {"layers": 2, "stem": 1}]
+)
+def test_states_are_those_of_the_formula(target: Any, form: dict[str, int]) -> None:
+    """N(layers(W [f; s])), by the target's own first and last layers."""
+    draft, (ids, mask) = feature(target, **form), prompts()
+    torch.nn.init.normal_(draft.fc.weight, std=0.2)
+    last = truncated(target, list(range(3 - form["layers"], 3)))
+    features = torch.randn(3, 9, 32)
+    given = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
     with torch.no_grad():
-        want = target(input_ids=ids, attention_mask=mask).logits
-        found = draft(ids, torch.randn(3, 9, 32), attention_mask=mask).logits
+        below = target.model(**given).hidden_states[form.get("stem", 0)]
+        inside = draft.fc(torch.cat([features, below], -1))
+        want = last.model(inputs_embeds=inside, attention_mask=mask).last_hidden_state
+        found = draft.states(ids, features, mask)
     here = mask.bool()
-    torch.testing.assert_close(found[here], want[here], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[here], want[here], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
