@@ -17,7 +17,7 @@ from pydistill.speculative import truncated
 
 
 def options(tiny: Path, **changes: Any) -> demo.Options:
-    small = {"model": str(tiny), "draft": "feature:1+1", "draft_vocab": 40, "new_tokens": 8}
+    small = {"model": str(tiny), "draft": "feature:1+1", "draft_vocab": "40", "new_tokens": 8}
     return demo.Options(**{**small, **changes})
 
 

@@ -332,7 +332,11 @@ def test_a_teacher_cache_teaches(tiny: Path, tmp_path: Path) -> None:
         (["--short-steps", "2"], "--short-steps 2 is of a comparison; add --compare"),
         (["--unroll", "2"], "--unroll 2 is of a feature draft"),
         (["--draft", "feature:1", "--on-policy", "1"], "writes no text alone; use --unroll 3"),
-        (["--draft", "feature:1,2"], "feature:1,2 names no numbers of layers; use feature:1"),
+        (
+            ["--draft", "feature:1,2"],
+            "names no layers; use layers:6, layers:0,1,29, feature:1",
+        ),
+        (["--draft", "feature:1+1+1"], "--draft feature:1+1+1 names no layers; use layers:6"),
         (["--draft", "feature:1", "--width", "12"], "width=12 is not a multiple of 8"),
         (["--draft-vocab", "1"], "--draft-vocab 1 is outside 2..257"),
         (["--draft-vocab", "/none"], "--draft-vocab /none is no number and no JSON list"),

@@ -27,7 +27,7 @@ class Options:
     steps: int = 60
     seed: int = 0
     output: Path | None = None
-    draft_vocab: int | None = 16384
+    draft_vocab: str | None = "16384"  # as of `draft`
     new_tokens: int = 64  # of an answer that is learnt from, or timed
 
 
@@ -53,8 +53,7 @@ def run(options: Options, progress: bool = True) -> Result:
             output=options.output or Path(scratch) / "draft", model=options.model,
             draft=options.draft, divergence=options.divergence, steps=options.steps,
             seed=options.seed, length=options.new_tokens, batch=8, row=512, sample_batch=160,
-            draft_vocab=None if options.draft_vocab is None else str(options.draft_vocab),
-            data=Path(scratch),
+            draft_vocab=options.draft_vocab, data=Path(scratch),
         )  # fmt: skip
         draft.check(training)
         target, tokenizer = models.load(options.model, models.compute_dtype(), progress)

@@ -357,9 +357,7 @@ def _own_prompts(
             end_tokens(target), bar,
         )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(found), "utf-8")
-    part.replace(path)
+    draft_files.write(path, json.dumps(found))
     return found
 
 

@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pydistill.recipes import UsageError, draft_files, models
@@ -85,12 +84,12 @@ def run(
             )
         )  # fmt: skip
         if team.first:
-            _replace(path, json.dumps(asdict(rows[-1]), indent=2))
+            draft_files.write(path, json.dumps(asdict(rows[-1]), indent=2))
         team.wait()
     result = Result(str(base.output), base.model, draft_files.named(base), rows)
     if team.first:
-        _replace(base.output / "table.json", json.dumps(result.to_json(), indent=2) + "\n")
-        _replace(base.output / "table.md", table(result) + "\n")
+        draft_files.write(base.output / "table.json", json.dumps(result.to_json(), indent=2) + "\n")
+        draft_files.write(base.output / "table.md", table(result) + "\n")
     return result
 
 
@@ -148,13 +147,7 @@ def _begin(base: Options, rows: list[tuple[str, int]]) -> None:
         return
     models.check_output(base.output)
     base.output.mkdir(exist_ok=True)
-    _replace(path, json.dumps(wanted))
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, "utf-8")
-    part.replace(path)
+    draft_files.write(path, json.dumps(wanted))
 
 
 def _row(found: dict[str, Any]) -> Row:

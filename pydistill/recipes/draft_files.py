@@ -56,6 +56,13 @@ def store(path: Path, options: Any, **values: Any) -> None:
         ) from error
 
 
+def write(path: Path, text: str) -> None:
+    """Replaces a file of text at once."""
+    part = path.with_suffix(".part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
+
+
 def load(path: Path, options: Any) -> dict[str, Any] | None:
     """What `store` kept, None if it never did."""
     if not path.exists():

@@ -222,24 +222,23 @@ def draft_of(
 
 
 def _layers(name: str) -> int | list[int]:
-    chosen = name.partition(":")[2].split(",")
-    if not all(part.isascii() and part.isdecimal() for part in chosen):
-        raise UsageError(
-            f"--draft {name} names no layers; use layers:6, layers:0,1,29, or feature:1."
-        )
-    layers = [int(part) for part in chosen]
+    layers = _numbers(name, ",")
     return layers if len(layers) > 1 else layers[0]
 
 
 def _stem_and_layers(name: str) -> tuple[int, int]:
-    parts = name.partition(":")[2].split("+")
-    if len(parts) > 2 or not all(part.isascii() and part.isdecimal() for part in parts):
+    *stem, layers = _numbers(name, "+", at_most=2)
+    return sum(stem), layers
+
+
+def _numbers(name: str, separator: str, at_most: int | None = None) -> list[int]:
+    parts = name.partition(":")[2].split(separator, -1 if at_most is None else at_most - 1)
+    if not all(part.isascii() and part.isdecimal() for part in parts):
         raise UsageError(
-            f"--draft {name} names no numbers of layers; use feature:1, or feature:2+1 for one on"
-            " the target's first two."
+            f"--draft {name} names no layers; use layers:6, layers:0,1,29, feature:1, or feature:2+1,"
+            " one on the target's first two."
         )
-    *below, layers = (int(part) for part in parts)
-    return sum(below), layers
+    return [int(part) for part in parts]
 
 
 def _load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import pydistill
-from pydistill.recipes.prompts import encoded
+from pydistill.recipes.write import plain, prompt_ids
 
 PLAIN = "transformers' generate"
 
@@ -71,16 +71,12 @@ def _ours(target: Any, draft: Any) -> Way:
 def _theirs(target: Any, **more: Any) -> Way:
     def run(ids: Tensor, settings: dict[str, Any], seed: int) -> Written:
         torch.manual_seed(seed)
-        found = target.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **more
-        )
-        written = found[0, ids.shape[1] :]
+        written = plain(target, ids, settings | more)[0]
         return Written(written, None if more else len(written))
 
     return run
 
 
-@torch.inference_mode()
 def measure(
     tokenizer: Any,
     prompts: Sequence[str],
@@ -96,7 +92,7 @@ def measure(
     settings["pad_token_id"] = tokenizer.pad_token_id
     if temperature > 0:
         settings |= {"temperature": temperature, "top_k": 0}
-    asked = [torch.tensor([ids]) for ids in encoded(tokenizer, prompts)]
+    asked = [prompt_ids(tokenizer, text) for text in prompts]
     seconds = dict.fromkeys(contestants, 0.0)
     texts: dict[str, list[Written]] = {name: [] for name in contestants}
     with torch.random.fork_rng(devices=()):

@@ -64,7 +64,7 @@ def run(options: Options, progress: bool = True) -> Result:
             **sampling(options),
         }  # fmt: skip
         if options.compare:
-            _plain(target, ids, settings)
+            plain(target, ids, settings)
         start = time.perf_counter()
         found = pydistill.generate(
             target, draft, ids, num_draft_tokens=options.num_draft_tokens, method=options.method,
@@ -76,9 +76,9 @@ def run(options: Options, progress: bool = True) -> Result:
     plain_rate, same = None, None
     if options.compare:
         start = time.perf_counter()
-        plain = _plain(target, ids, settings)
-        plain_rate = plain.shape[1] / (time.perf_counter() - start)
-        same = torch.equal(plain, found.tokens) if options.temperature == 0 else None
+        theirs = plain(target, ids, settings)
+        plain_rate = theirs.shape[1] / (time.perf_counter() - start)
+        same = torch.equal(theirs, found.tokens) if options.temperature == 0 else None
     stats = found.stats
     return Result(
         text=tokenizer.decode(found.tokens[0], skip_special_tokens=True),
@@ -118,7 +118,8 @@ def load_draft(target: Any, name: str, dtype: torch.dtype, progress: bool) -> tu
 
 
 @torch.inference_mode()
-def _plain(target: Any, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+def plain(target: Any, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """What transformers' own generate writes, `[1, T]`."""
     found: torch.Tensor = target.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), **settings
     )

@@ -87,7 +87,7 @@ class FeatureDraft(nn.Module):
     @property
     def layers(self) -> int:
         """Behind W."""
-        return self.config.num_hidden_layers - self.stem  # type: ignore[no-any-return]
+        return int(self.config.num_hidden_layers) - self.stem
 
     @property
     def features(self) -> int:
