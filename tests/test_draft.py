@@ -261,6 +261,19 @@ def test_two_processes_train_as_one(
     assert one["after"]["acceptance"] == pytest.approx(two["after"]["acceptance"], abs=0.02)
 
 
+def test_small_files_are_replaced_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "table.md"
+    for text in ("one", "two"):
+        draft_files.write(path, text)
+        assert path.read_text() == text
+    with pytest.raises(UsageError, match=r"table\.md/x\.md cannot be written .*free some space"):
+        draft_files.write(path / "x.md", "three")
+    path.with_suffix(".part").mkdir()  # which cannot be written to
+    with pytest.raises(UsageError, match="cannot be written"):
+        draft_files.write(path, "three")
+    assert path.read_text() == "two"
+
+
 def test_a_comparison_is_one_table(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -356,7 +356,6 @@ def _own_prompts(
             target, tokenizer, options.own_prompts, options.sample_batch, options.seed,
             end_tokens(target), bar,
         )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft_files.write(path, json.dumps(found))
     return found
 

@@ -57,10 +57,19 @@ def store(path: Path, options: Any, **values: Any) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Replaces a file of text at once."""
+    """Replaces a file of text at once, in a folder that may be new."""
     part = path.with_suffix(".part")
-    part.write_text(text, "utf-8")
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UsageError(
+            f"{path} cannot be written ({error.strerror or error}); free some space there, or name"
+            " another folder, and give the command again."
+        ) from error
 
 
 def load(path: Path, options: Any) -> dict[str, Any] | None:

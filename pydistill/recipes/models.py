@@ -235,8 +235,8 @@ def _numbers(name: str, separator: str, at_most: int | None = None) -> list[int]
     parts = name.partition(":")[2].split(separator, -1 if at_most is None else at_most - 1)
     if not all(part.isascii() and part.isdecimal() for part in parts):
         raise UsageError(
-            f"--draft {name} names no layers; use layers:6, layers:0,1,29, feature:1, or feature:2+1,"
-            " one on the target's first two."
+            f"--draft {name} names no layers; use layers:6, layers:0,1,29, feature:1, or"
+            " feature:2+1, one on the target's first two."
         )
     return [int(part) for part in parts]
 
