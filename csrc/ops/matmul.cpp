@@ -1,7 +1,5 @@
 // matmul on the CPU: from torch tensors to the torch-free kernels. The schema and checks with
 // readable messages are in pydistill/ops/matmul.py; here only what memory safety needs.
-#include "cpu/matmul.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -9,8 +7,7 @@
 
 #include "common/check.h"
 #include "common/huge_pages.h"
-#include "common/parallel.h"
-#include "cpu/cpuid.h"
+#include "common/multiply.h"
 
 namespace pd {
 namespace {
@@ -67,23 +64,7 @@ void matmul_out(Tensor a, Tensor b, bool accumulate, bool narrow, Tensor out) {
   g.out_stride = row;
   if (!accumulate) ask_for_huge_pages(g.out, out.numel() * out.element_size());
 
-  const auto capability = static_cast<int>(active_capability());
-  const GemmPlan plan = matmul_plan_table[capability](g);
-  const Scratch packed(plan.packed_bytes);
-  ask_for_huge_pages(packed.data(), plan.packed_bytes);
-  for (int64_t first = 0; first < plan.shared_panels; first += plan.shared_block) {
-    const int64_t left = plan.shared_panels - first;
-    const int64_t count = left < plan.shared_block ? left : plan.shared_block;
-    torch::stable::parallel_for(0, count, plan.pack_grain, [&](int64_t begin, int64_t end) {
-      matmul_pack_table[capability](g, plan, first, count, begin, end, packed.data());
-    });
-    parallel_pieces(plan.split_panels, plan.split_grain, plan.split_unit,
-                    [&](int64_t begin, int64_t end) {
-                      const Scratch scratch(plan.scratch_bytes);
-                      matmul_multiply_table[capability](g, plan, first, count, begin, end,
-                                                        packed.data(), scratch.data());
-                    });
-  }
+  multiply(g);
 }
 
 }  // namespace

@@ -14,12 +14,18 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pydistill.speculative.fused_layers import few, fused_layers, logits_of
 _ATTENTION = {"full_attention", "sliding_attention"}
+
+
+class StepOutput(NamedTuple):
+    logits: Tensor  # [B, rows, V]
+    states: Tensor  # [B, T, H]
 
 
 class CachedModel:
@@ -44,6 +50,7 @@ class CachedModel:
         self._positions = "position_ids" in accepted
         self._keep = "logits_to_keep" in accepted
         self._cache = cache_argument(model)
+        self._fused: Any = fused_layers(model)
 
     def extend(self, ids: Tensor, counts: Sequence[int], rows: int) -> Tensor:
         """Runs the model on tokens `ids [B, T]`, of which row i's are the last `counts[i]`, and
@@ -66,14 +73,30 @@ class CachedModel:
                 # Slots that no one looks at may lie beyond the context, of padding before 0.
                 last = None if self.context is None else self.context - 1
                 keywords["position_ids"] = columns[:, behind:].clamp(0, last).to(ids.device)
-        if self._keep:
-            keywords["logits_to_keep"] = rows
-        keywords[self._cache or ""] = self.cache
-        found = self._call(input_ids=ids, use_cache=True, **keywords, **more)
+        if self._fused is not None and few(ids):
+            starts = torch.tensor([width - length for length in lengths])
+            found = self._few(ids, keywords.get("position_ids"), starts, rows, **more)
+        else:
+            if self._keep:
+                keywords["logits_to_keep"] = rows
+            keywords[self._cache or ""] = self.cache
+            found = self._call(input_ids=ids, use_cache=True, **keywords, **more)
         self.lengths = lengths
         if behind + ids.shape[1] > max(lengths):  # columns of padding alone
             self.rollback(lengths)
         return found
+
+    def _few(
+        self, ids: Tensor, positions: Tensor, starts: Tensor, rows: int, **more: Any
+    ) -> StepOutput:
+        """As `_call`, by `decoder_layer`."""
+        step = getattr(self.model, "step", None)
+        if step is not None:  # a draft that is more than its layers
+            return StepOutput(*step(self._fused, ids, positions, starts, self.cache, rows, **more))
+        states = self._fused(self.model.get_input_embeddings()(ids), positions, starts, self.cache)
+        if self._states is not None:
+            self._states.update(states[:, None], states[:, None, :, :0])
+        return StepOutput(logits_of(self.model.get_output_embeddings(), states[:, -rows:]), states)
 
     def _call(self, **keywords: Any) -> Any:
         if self._states is None:

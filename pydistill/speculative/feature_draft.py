@@ -29,6 +29,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from pydistill.speculative.cached_model import attention_mask, cache_argument
 from pydistill.speculative.draft_models import chosen_tokens, in_dtype
+from pydistill.speculative.fused_layers import FusedLayers, logits_of
 
 _FORMAT = "pydistill_draft"
 
@@ -83,6 +85,13 @@ class FeatureDraft(nn.Module):
             self.head.weight.copy_(whole.weight[ids])
             if whole.bias is not None:
                 self.head.bias.copy_(whole.bias[ids])
+
+    @property
+    def base_model(self) -> Any:
+        return self.model
+
+    def get_output_embeddings(self) -> Any:
+        return self._target[1] if self.head is None else self.head
 
     @property
     def layers(self) -> int:
@@ -135,7 +144,7 @@ class FeatureDraft(nn.Module):
 
         def join(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             below, *rest = given
-            return self.fc(torch.cat([features.to(below.dtype), below], -1)), *rest
+            return self._joined(features, below), *rest
 
         hook = self.model.layers[self.stem].register_forward_pre_hook(join)
         try:
@@ -148,9 +157,33 @@ class FeatureDraft(nn.Module):
             hook.remove()
         return found if self.out is None else self.out(found)
 
+    def step(
+        self,
+        layers: FusedLayers,
+        input_ids: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        cache: Any,
+        logits_to_keep: int,
+        features: Tensor,
+    ) -> FeatureOutput:
+        """`forward` on a few tokens, with its layers run by `layers`, which says what the rest is;
+        without a gradient."""
+        embedded = self._target[0](input_ids).to(self.dtype)
+        between = {self.stem: partial(self._joined, features)}
+        states = layers(embedded, positions, starts, cache, between)
+        if self.out is not None:
+            states = self.out(states)
+        head = self.get_output_embeddings()
+        return FeatureOutput(logits_of(head, states[:, -logits_to_keep:]), states)
+
+    def _joined(self, features: Tensor, below: Tensor) -> Tensor:
+        found: Tensor = self.fc(torch.cat([features.to(below.dtype), below], -1))
+        return found
+
     def logits(self, states: Tensor) -> Tensor:
         """Of states `[..., H]`, over `draft_vocab` or all tokens."""
-        head = self._target[1] if self.head is None else self.head
+        head = self.get_output_embeddings()
         found: Tensor = head(states.to(head.weight.dtype))
         return found
 

@@ -29,16 +29,25 @@ class GrowingLayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         given = (key_states, value_states)
         if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self.buffers = (key_states[:, :, :0], value_states[:, :, :0])
-            self._show(0)
-        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+            self.begin(*(x[:, :, :0] for x in given))
+        begin = self.keys.shape[2]
+        self.extend(key_states.shape[2])
+        for buffer, x in zip(self.buffers, given, strict=True):
+            buffer[:, :, begin : begin + x.shape[2]] = x
+        return self.keys, self.values
+
+    def begin(self, keys: Tensor, values: Tensor | None = None) -> None:
+        """Of the dtype, device and sizes of these, `[B, heads, 0, size]`."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.buffers = (keys, keys if values is None else values)
+        self._show(0)
+
+    def extend(self, count: int) -> None:
+        """Adds columns, which whoever calls this writes to `buffers`."""
+        end = self.keys.shape[2] + count
         if end > self.buffers[0].shape[2]:
             self._move(lambda x: x, max(2 * end, 64))
-        for buffer, x in zip(self.buffers, given, strict=True):
-            buffer[:, :, begin:end] = x
         self._show(end)
-        return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last columns; a negative number, as in transformers."""
