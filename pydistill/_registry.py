@@ -192,15 +192,23 @@ def has_kernel(name: str, backend: str) -> bool:
     """Whether `backend` has an implementation of kernel `name` in this process."""
     name = _made_of.get(name, name)
     if backend == "cpu":
-        return _native.available() and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"pydistill::{name}", "CPU"
-        )
+        return _native.available() and (name in _native_ops or _finds_native(name))
     if backend == "cuda":
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill_cuda::{name}", "CUDA")
     if backend == "triton":
         room = next(op.name for op in OPERATORS.values() if name in op.kernels)
         return _finds("triton") and _finds(f"pydistill.kernels.{room}")
     return True
+
+
+_native_ops: set[str] = set()  # found once: asking torch takes longer than a small call
+
+
+def _finds_native(name: str) -> bool:
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(f"pydistill::{name}", "CPU")
+    if found:
+        _native_ops.add(name)
+    return found
 
 
 def _finds(module: str) -> bool:
