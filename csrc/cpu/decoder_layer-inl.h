@@ -117,8 +117,7 @@ inline void Place(const HeadsArgs& a, int64_t begin, int64_t end) {
     for (int64_t g = 0; g < a.groups; ++g) {
       const int64_t column = a.columns + t, head = (row * a.groups + g) * a.size;
       Turn<Type>(a, a.k + head, at(a.k_bias, g * a.size), at(a.k_norm, 0), cos, sin);
-      T* key =
-          static_cast<T*>(a.keys) + b * a.key_batch + g * a.key_head + column * a.key_column;
+      T* key = static_cast<T*>(a.keys) + b * a.key_batch + g * a.key_head + column * a.key_column;
       T* value = static_cast<T*>(a.values) + b * a.value_batch + g * a.value_head +
                  column * a.value_column;
       const T* bias = at(a.v_bias, g * a.size);
@@ -177,8 +176,7 @@ PD_INLINE void Mix(const float* weights, int64_t columns, Pointer<Type> value, i
   }
   for (int u = 0; u < kVectors; ++u) {
     if (c < columns) {
-      even[u] =
-          Fma(Set(weights[c]), Get<Type>(value + c * stride, d + u * kLanes, size), even[u]);
+      even[u] = Fma(Set(weights[c]), Get<Type>(value + c * stride, d + u * kLanes, size), even[u]);
     }
     Put<Type>((even[u] + odd[u]) / Set(sum), out, d + u * kLanes, size);
   }

@@ -53,10 +53,10 @@ struct HeadsArgs {
   float scale, eps;
 };
 
-using DecoderNorm = void (*)(const NormArgs&, int64_t begin, int64_t end);            // rows
-using DecoderResidual = void (*)(const ResidualArgs&, int64_t begin, int64_t end);    // rows
-using DecoderGate = void (*)(const GateArgs&, int64_t begin, int64_t end);            // numbers
-using DecoderPlace = void (*)(const HeadsArgs&, int64_t begin, int64_t end);          // rows
+using DecoderNorm = void (*)(const NormArgs&, int64_t begin, int64_t end);             // rows
+using DecoderResidual = void (*)(const ResidualArgs&, int64_t begin, int64_t end);     // rows
+using DecoderGate = void (*)(const GateArgs&, int64_t begin, int64_t end);             // numbers
+using DecoderPlace = void (*)(const HeadsArgs&, int64_t begin, int64_t end);           // rows
 using DecoderAttend = void (*)(const HeadsArgs&, int64_t begin, int64_t end, float*);  // heads
 
 // Floats of scratch memory of a thread in `attend`.

@@ -91,18 +91,19 @@ void decoder_layer_out(Tensor hidden, Tensor input_norm, Tensor q, Tensor k, Ten
   a.k_norm = numbers_or_null("k_norm", k_norm, dtype, size);
   for (const Tensor* y : {&cos, &sin}) {
     STD_TORCH_CHECK(dtype_of("cos", *y) == dtype && y->size(0) == batch && y->size(1) == tokens &&
-                        y->size(2) == size && y->stride(2) == 1 &&
-                        y->stride(0) == cos.stride(0) && y->stride(1) == cos.stride(1),
+                        y->size(2) == size && y->stride(2) == 1 && y->stride(0) == cos.stride(0) &&
+                        y->stride(1) == cos.stride(1),
                     "cos and sin must be [B, T, D] of hidden's dtype and of the same strides");
   }
   a.cos = cos.data_ptr(), a.sin = sin.data_ptr();
   a.rotary_batch = cos.stride(0), a.rotary_token = cos.stride(1);
   for (const Tensor* y : {&keys, &values}) {
-    STD_TORCH_CHECK(dtype_of("keys", *y) == dtype && y->size(0) == batch &&
-                        y->size(1) == groups && y->size(2) >= columns + tokens &&
-                        y->size(3) == size && y->stride(3) == 1 && columns >= 0,
+    STD_TORCH_CHECK(dtype_of("keys", *y) == dtype && y->size(0) == batch && y->size(1) == groups &&
+                        y->size(2) >= columns + tokens && y->size(3) == size && y->stride(3) == 1 &&
+                        columns >= 0,
                     "keys and values must be [B, G, C, D] of hidden's dtype, with unit last"
-                    " stride and room for ", columns + tokens, " columns");
+                    " stride and room for ",
+                    columns + tokens, " columns");
   }
   a.keys = keys.data_ptr(), a.values = values.data_ptr();
   a.key_batch = keys.stride(0), a.key_head = keys.stride(1), a.key_column = keys.stride(2);
@@ -145,9 +146,8 @@ void decoder_layer_out(Tensor hidden, Tensor input_norm, Tensor q, Tensor k, Ten
   };
   const auto norm = [&](const void* from, const void* by) {
     const NormArgs n{from, by, normed, dtype, width, a.eps};
-    over_rows(width, [&](int64_t begin, int64_t end) {
-      decoder_norm_table[capability](n, begin, end);
-    });
+    over_rows(width,
+              [&](int64_t begin, int64_t end) { decoder_norm_table[capability](n, begin, end); });
   };
   const auto add = [&](const void* to, const void* bias_or_null, void* into) {
     const ResidualArgs r{to, bias_or_null, sum, into, dtype, width};
@@ -159,25 +159,23 @@ void decoder_layer_out(Tensor hidden, Tensor input_norm, Tensor q, Tensor k, Ten
   norm(x, first_norm);
   multiply(std::array{product(normed, rows, q_weight, a.q), product(normed, rows, k_weight, a.k),
                       product(normed, rows, v_weight, v_rows)});
-  over_rows((heads + 2 * groups) * size, [&](int64_t begin, int64_t end) {
-    decoder_place_table[capability](a, begin, end);
-  });
+  over_rows((heads + 2 * groups) * size,
+            [&](int64_t begin, int64_t end) { decoder_place_table[capability](a, begin, end); });
   const int64_t of_a_head = 2 * tokens * (columns + tokens) * size;
-  torch::stable::parallel_for(
-      0, batch * heads, kNumbersWorthAThread / of_a_head + 1, [&](int64_t begin, int64_t end) {
-        const Scratch scratch(4 * attend_scratch(a));
-        decoder_attend_table[capability](a, begin, end, scratch.data());
-      });
+  torch::stable::parallel_for(0, batch * heads, kNumbersWorthAThread / of_a_head + 1,
+                              [&](int64_t begin, int64_t end) {
+                                const Scratch scratch(4 * attend_scratch(a));
+                                decoder_attend_table[capability](a, begin, end, scratch.data());
+                              });
   multiply(product(a.out, rows, o_weight, sum));
   add(x, bias, middle);
   norm(middle, second_norm);
-  multiply(std::array{product(normed, rows, gate_weight, gates),
-                      product(normed, rows, up_weight, ups)});
+  multiply(
+      std::array{product(normed, rows, gate_weight, gates), product(normed, rows, up_weight, ups)});
   const GateArgs g{gates, ups, gated, dtype};
-  torch::stable::parallel_for(0, rows * inner, kNumbersWorthAThread,
-                              [&](int64_t begin, int64_t end) {
-                                decoder_gate_table[capability](g, begin, end);
-                              });
+  torch::stable::parallel_for(
+      0, rows * inner, kNumbersWorthAThread,
+      [&](int64_t begin, int64_t end) { decoder_gate_table[capability](g, begin, end); });
   multiply(product(gated, rows, down_weight, sum));
   add(middle, nullptr, result);
 }

@@ -20,7 +20,9 @@ from torch import Tensor
 from pydistill import _registry
 from pydistill.ops._rows import has_tangent
 from pydistill.reference.decoder_layer import (
-    LayerWeights,
+    LayerWeights as LayerWeights,
+)
+from pydistill.reference.decoder_layer import (
     decoder_layer_out,
     decoder_layer_reference,
 )
@@ -83,9 +85,7 @@ def decoder_layer(
     if torch.is_grad_enabled():
         for x in (hidden, *weights):
             if x is not None and (x.requires_grad or has_tangent(x)):
-                raise RuntimeError(
-                    "decoder_layer has no gradient; call it under torch.no_grad()."
-                )
+                raise RuntimeError("decoder_layer has no gradient; call it under torch.no_grad().")
     if backend == "reference":
         with torch.no_grad():
             return decoder_layer_reference(

@@ -49,7 +49,7 @@ def decoder_layer_reference(
     """The layer's output; writes the new columns of `keys` and `values`. Computes in `exact`, fp32
     or the dtype of fp64 tensors."""
     exact = exact or torch.promote_types(hidden.dtype, torch.float32)
-    w = LayerWeights(*(None if x is None else x.to(exact) for x in weights))
+    w = LayerWeights._make(None if x is None else x.to(exact) for x in weights)
     batch, tokens, _ = hidden.shape
     size, dtype = keys.shape[-1], hidden.dtype
 
@@ -62,7 +62,7 @@ def decoder_layer_reference(
     def heads(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x @ weight.t()
         x = x if bias is None else x + bias
-        return x.view(batch, tokens, -1, size).transpose(1, 2)
+        return x.view(batch, tokens, len(weight) // size, size).transpose(1, 2)
 
     def turned(x: Tensor, weight: Tensor | None) -> Tensor:
         x = x if weight is None else norm(x, weight)
@@ -87,7 +87,7 @@ def decoder_layer_reference(
     k, v = (
         torch.where(there, x[:, :, None, : columns + tokens].to(exact), 0) for x in (keys, values)
     )
-    grouped = q.unflatten(1, (keys.shape[1], -1))
+    grouped = q.unflatten(1, (keys.shape[1], q.shape[1] // keys.shape[1]))
     scores = (grouped @ k.transpose(-1, -2) * scale).masked_fill(~seen, -torch.inf)
     mixed = torch.where(seen.any(-1, keepdim=True), scores.softmax(-1) @ v, 0)
     attended = stored(mixed.flatten(1, 2).transpose(1, 2).flatten(2))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pydistill.speculative.fused_layers import few, fused_layers, logits_of
+
 _ATTENTION = {"full_attention", "sliding_attention"}
 
 
@@ -75,7 +76,7 @@ class CachedModel:
                 keywords["position_ids"] = columns[:, behind:].clamp(0, last).to(ids.device)
         if self._fused is not None and few(ids):
             starts = torch.tensor([width - length for length in lengths])
-            found = self._few(ids, keywords.get("position_ids"), starts, rows, **more)
+            found = self._few(ids, keywords["position_ids"], starts, rows, **more)
         else:
             if self._keep:
                 keywords["logits_to_keep"] = rows

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pydistill import _registry
@@ -64,7 +63,7 @@ class FusedLayers:
 
 
 def fused_layers(model: Any) -> FusedLayers | None:
-    """Of a causal model or a draft with a `step`, if its layers and head are what this file runs."""
+    """Of a causal model, or a draft with a `step`, if layers and head are what this file runs."""
     known = type(model).__name__ in _MODELS and type(model).__module__.startswith("transformers.")
     if not (known or hasattr(model, "step")) or not _as_made(model):
         return None

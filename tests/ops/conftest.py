@@ -82,7 +82,7 @@ def native_impl(request: pytest.FixtureRequest) -> str:
 def capabilities(op: str) -> list[str]:
     """The instruction sets of this machine for which an operator has code of its own: AMX has only
     tiles, for matrix products, and otherwise runs the code of AVX512-BF16 (foreach_target.h)."""
-    multiplies = op == "matmul" or op.startswith("linear_") or op == "topk_logprobs"
+    multiplies = op.startswith("linear_") or op in ("matmul", "topk_logprobs", "decoder_layer")
     supported = _native.supported_capabilities()
     return [name for name in supported if multiplies or name != "amx"]
 
