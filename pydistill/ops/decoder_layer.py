@@ -98,3 +98,8 @@ def decoder_layer(
     )
     torch.autograd.graph.increment_version((keys, values))
     return out
+
+
+def has_kernel(device: str, dtype: torch.dtype) -> bool:
+    """Whether "auto" is more than the reference for tensors of `dtype` on a device type."""
+    return _registry.explain(OP, device, dtype).backend != "reference"

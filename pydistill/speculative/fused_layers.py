@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pydistill import _registry
-from pydistill.ops.decoder_layer import LayerWeights, decoder_layer
+from pydistill.ops.decoder_layer import LayerWeights, decoder_layer, has_kernel
 from pydistill.ops.matmul import matmul
 
 _KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -68,16 +67,12 @@ def fused_layers(model: Any) -> FusedLayers | None:
     if not (known or hasattr(model, "step")) or not _as_made(model):
         return None
     layers, head = getattr(model.base_model, "layers", ()), model.get_output_embeddings()
-    if type(head) is not nn.Linear or not _registry.has_kernel("decoder_layer_out", "cpu"):
+    if type(head) is not nn.Linear or not layers:
         return None
-    if not layers or any(type(x).__name__ not in _LAYERS or not _plain(x) for x in layers):
+    if any(type(x).__name__ not in _LAYERS or not _plain(x) for x in layers):
         return None
-    dtypes = {x.dtype for x in (*layers.parameters(), head.weight)}
-    devices = {x.device.type for x in (*layers.parameters(), head.weight)}
-    if len(dtypes) > 1 or devices != {"cpu"}:
-        return None
-    taken = dtypes <= _registry.OPERATORS["decoder_layer"].dtypes
-    return FusedLayers(model.base_model) if taken else None
+    kinds = {(x.device.type, x.dtype) for x in (*layers.parameters(), head.weight)}
+    return FusedLayers(model.base_model) if len(kinds) == 1 and has_kernel(*kinds.pop()) else None
 
 
 def few(tokens: Tensor) -> bool:

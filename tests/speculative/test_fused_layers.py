@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="models need the extra `hf`")
 import transformers
 
 import pydistill
-from pydistill import _registry
+from pydistill.ops.decoder_layer import has_kernel
 from pydistill.speculative import feature
 from pydistill.speculative.cached_model import CachedModel
 from pydistill.speculative.fused_layers import fused_layers, logits_of
@@ -24,7 +24,7 @@ SIZES = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
 }  # fmt: skip
 needs_kernel = pytest.mark.skipif(
-    not _registry.has_kernel("decoder_layer_out", "cpu"),
+    not has_kernel("cpu", torch.float32),
     reason="the native library has no decoder_layer; run `make build`",
 )
 
