@@ -114,12 +114,8 @@ def transformers_layers(x: Model) -> Step:
         num_hidden_layers=len(x.given), num_attention_heads=w.q.shape[0] // keys.shape[-1],
         num_key_value_heads=keys.shape[1], rms_norm_eps=x.given[0]["eps"],
     )  # fmt: skip
-    from transformers.cache_utils import Cache
-
-    made, cache = (
-        LlamaModel(config).to(x.dtype).eval(),
-        Cache(layer_class_to_replicate=GrowingLayer),
-    )
+    made = LlamaModel(config).to(x.dtype).eval()
+    cache: Any = Cache(layer_class_to_replicate=GrowingLayer)
     for at, (layer, given) in enumerate(zip(made.layers, x.given, strict=True)):
         names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                  "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
