@@ -74,7 +74,7 @@ class CachedModel:
                 # Slots that no one looks at may lie beyond the context, of padding before 0.
                 last = None if self.context is None else self.context - 1
                 keywords["position_ids"] = columns[:, behind:].clamp(0, last).to(ids.device)
-        if self._fused is not None and few(ids):
+        if self._fused is not None and few(ids.shape[1], behind):
             starts = torch.tensor([width - length for length in lengths])
             found = self._few(ids, keywords["position_ids"], starts, rows, **more)
         else:

@@ -20,7 +20,8 @@ from pydistill.ops.matmul import matmul
 _KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
 _LAYERS = {f"{x}DecoderLayer" for x in _KINDS}
 _MODELS = {f"{x}ForCausalLM" for x in _KINDS}
-_MOST = 64  # tokens of all requests: with more, the framework's products are as fast
+_FEW = 16  # tokens of a request, whatever is before them
+_SCORES = 1 << 17  # of a head: with more, the framework's attention, in blocks of tokens, is faster
 
 
 class FusedLayers:
@@ -75,9 +76,9 @@ def fused_layers(model: Any) -> FusedLayers | None:
     return FusedLayers(model.base_model) if len(kinds) == 1 and has_kernel(*kinds.pop()) else None
 
 
-def few(tokens: Tensor) -> bool:
-    """Whether `[B, T]` tokens are few enough to gain by it."""
-    return tokens.numel() <= _MOST
+def few(tokens: int, columns: int) -> bool:
+    """Whether so many tokens of each request, behind `columns` of the cache, gain by it."""
+    return tokens <= _FEW or tokens * (columns + tokens) <= _SCORES
 
 
 def logits_of(head: nn.Linear, states: Tensor) -> Tensor:

@@ -108,6 +108,23 @@ def test_the_layers_are_really_run_here(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.tokens.shape == (1, 3) and not ran
 
 
+@needs_kernel
+def test_long_prompts_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their cache goes on here."""
+    monkeypatch.setattr("pydistill.speculative.fused_layers._FEW", 2)
+    monkeypatch.setattr("pydistill.speculative.fused_layers._SCORES", 40)
+    target, calls = llama(), []
+    cached = CachedModel(target, 1)
+    target.register_forward_pre_hook(lambda *x: calls.append(1))
+    ids = torch.randint(0, 61, (1, 17))
+    with torch.no_grad():
+        for part, so_far in ((ids[:, :7], 1), (ids[:, 7:9], 1), (ids[:, 9:], 2)):
+            got = cached.extend(part, [part.shape[1]], 1)
+            assert len(calls) == so_far
+        want = target(ids).logits[:, -1:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def _adapter(target: Any) -> None:
     class Adapter(nn.Linear):
         pass
