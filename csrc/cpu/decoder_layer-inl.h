@@ -1,15 +1,18 @@
 // A decoder layer between its products: norms, rotary positions, the cache, attention, the gate.
 //
-// All sums and functions are fp32; numbers are rounded where they are written. Attention takes one
-// head at a time: the scores of all columns that a token sees, four columns at once, their softmax,
-// and the weighted sum of the values. Columns it does not see are never read, so that what lies
-// there (padding, what was rolled back) may be anything.
+// All sums and functions are fp32; numbers are rounded where they are written. Attention takes up
+// to four queries of one key head at a time, so that a key is loaded and widened once for them: the
+// scores of all columns that they see, four columns at once, their softmaxes, and the weighted sums
+// of the values. Columns that a request does not see are never read: what lies there (padding, what
+// was rolled back) may be anything.
 #include "cpu/decoder_layer.h"
 #include "cpu/gemm_pack-inl.h"
 #include "cpu/math-inl.h"
 
 namespace pd::PD_NAMESPACE {
 namespace {
+
+constexpr int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Calls f with how numbers of `dtype` are read.
 template <class F>
@@ -131,19 +134,49 @@ inline void Place(const HeadsArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// scores[i] = scale q . key i, for kCount keys.
-template <class Type, int kCount>
-PD_INLINE void Scores(const float* q, Pointer<Type> key, int64_t stride, int64_t size, float scale,
-                      float* scores) {
-  V sum[kCount];
-  for (int j = 0; j < kCount; ++j) sum[j] = Set(0.0f);
-  for (int64_t d = 0; d < size; d += kLanes) {
-    const V part = Load(q + d);  // 0 behind its last
-    for (int j = 0; j < kCount; ++j) {
-      sum[j] = Fma(part, Get<Type>(key + j * stride, d, size), sum[j]);
-    }
+// What a token's query attends to, columns [first, end), and where the result goes.
+template <class Type>
+struct Query {
+  const float* q;
+  typename Type::T* out;
+  int64_t first, end;
+};
+
+constexpr int kQueries = kLanes > 8 ? 4 : 2;  // at once: sums with four keys stay in registers
+
+// scores[i * stride + j] = scale q[i] . key j, of kRows queries with kKeys keys.
+template <class Type, int kRows, int kKeys>
+PD_INLINE void Scores(const float* q, int64_t padded, Pointer<Type> key, int64_t key_stride,
+                      int64_t size, float scale, float* scores, int64_t stride) {
+  V sum[kRows][kKeys];
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kKeys; ++j) sum[i][j] = Set(0.0f);
   }
-  for (int j = 0; j < kCount; ++j) scores[j] = Sum(sum[j]) * scale;
+  const auto add = [&](int64_t d, const V(&part)[kKeys]) PD_INLINE_LAMBDA {
+    for (int i = 0; i < kRows; ++i) {
+      const V query = Load(q + i * padded + d);  // 0 behind its last
+      for (int j = 0; j < kKeys; ++j) sum[i][j] = Fma(query, part[j], sum[i][j]);
+    }
+  };
+  V part[kKeys];
+  int64_t d = 0;
+  for (; d + kLanes <= size; d += kLanes) {
+    for (int j = 0; j < kKeys; ++j) part[j] = Type::Along(key + j * key_stride + d);
+    add(d, part);
+  }
+  if (d < size) {
+    for (int j = 0; j < kKeys; ++j) part[j] = Get<Type>(key + j * key_stride, d, size);
+    add(d, part);
+  }
+  for (int i = 0; i < kRows; ++i) {
+    float* to = scores + i * stride;
+    if constexpr (kKeys == 4) {
+      FourSums(sum[i], to);
+    } else {
+      for (int j = 0; j < kKeys; ++j) to[j] = Sum(sum[i][j]);
+    }
+    for (int j = 0; j < kKeys; ++j) to[j] *= scale;
+  }
 }
 
 // x becomes e^(x - max x), of which the sum is returned. Behind x there is room for a vector.
@@ -160,67 +193,128 @@ PD_INLINE float Weights(float* x, int64_t n) {
   return Sum(sum);
 }
 
-// out[d ...] = sum over columns of weight times value, over `sum`, for kVectors vectors.
-template <class Type, int kVectors>
-PD_INLINE void Mix(const float* weights, int64_t columns, Pointer<Type> value, int64_t stride,
-                   float sum, int64_t d, int64_t size, typename Type::T* out) {
-  V even[kVectors], odd[kVectors];
-  for (int u = 0; u < kVectors; ++u) even[u] = odd[u] = Set(0.0f);
-  int64_t c = 0;
-  for (; c + 2 <= columns; c += 2) {
-    const V first = Set(weights[c]), second = Set(weights[c + 1]);
+// sums[i * padded + d] += weights[i * stride + c] value[c, d] over `columns` columns, for kRows
+// queries and the kVectors vectors of `size` numbers from d on.
+template <class Type, int kRows, int kVectors>
+PD_INLINE void MixPart(const float* weights, int64_t stride, int64_t columns, Pointer<Type> value,
+                       int64_t value_stride, int64_t d, int64_t size, float* sums, int64_t padded) {
+  V sum[kRows][kVectors];
+  for (int i = 0; i < kRows; ++i) {
+    for (int u = 0; u < kVectors; ++u) sum[i][u] = Load(sums + i * padded + d + u * kLanes);
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    V part[kVectors];
     for (int u = 0; u < kVectors; ++u) {
-      even[u] = Fma(first, Get<Type>(value + c * stride, d + u * kLanes, size), even[u]);
-      odd[u] = Fma(second, Get<Type>(value + (c + 1) * stride, d + u * kLanes, size), odd[u]);
+      part[u] = Get<Type>(value + c * value_stride, d + u * kLanes, size);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const V weight = Set(weights[i * stride + c]);
+      for (int u = 0; u < kVectors; ++u) sum[i][u] = Fma(weight, part[u], sum[i][u]);
     }
   }
-  for (int u = 0; u < kVectors; ++u) {
-    if (c < columns) {
-      even[u] = Fma(Set(weights[c]), Get<Type>(value + c * stride, d + u * kLanes, size), even[u]);
-    }
-    Put<Type>((even[u] + odd[u]) / Set(sum), out, d + u * kLanes, size);
+  for (int i = 0; i < kRows; ++i) {
+    for (int u = 0; u < kVectors; ++u) Store(sum[i][u], sums + i * padded + d + u * kLanes);
   }
 }
 
+template <class Type, int kRows>
+PD_INLINE void Mix(const float* weights, int64_t stride, int64_t columns, Pointer<Type> value,
+                   int64_t value_stride, int64_t size, float* sums, int64_t padded) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= size; d += 4 * kLanes) {
+    // Of whole vectors, so that nothing is asked for each column.
+    MixPart<Type, kRows, 4>(weights, stride, columns, value, value_stride, d, d + 4 * kLanes, sums,
+                            padded);
+  }
+  for (; d < size; d += kLanes) {
+    MixPart<Type, kRows, 1>(weights, stride, columns, value, value_stride, d, size, sums, padded);
+  }
+}
+
+// Attention of kRows queries of one key head, each of which sees some column. Values that one of
+// them does not see are not taken times zero: they may be NaN.
+template <class Type, int kRows>
+inline void AttendRows(const HeadsArgs& a, Pointer<Type> keys, Pointer<Type> values,
+                       const Query<Type>* rows, float* scratch) {
+  const int64_t padded = Ceil(a.size, 64) * 64, stride = scores_stride(a);
+  float *q = scratch, *sums = q + kRows * padded, *scores = sums + kRows * padded;
+  int64_t low = rows[0].first, high = rows[0].end, begin = low, end = high;  // all, and common
+  for (int i = 0; i < kRows; ++i) {
+    std::memcpy(q + i * padded, rows[i].q, static_cast<size_t>(a.size) * sizeof(float));
+    for (int64_t d = a.size; d % kLanes; ++d) q[i * padded + d] = 0.0f;
+    for (int64_t d = 0; d < a.size; d += kLanes) Store(Set(0.0f), sums + i * padded + d);
+    low = Least(low, rows[i].first), end = Least(end, rows[i].end);
+    begin = Most(begin, rows[i].first), high = Most(high, rows[i].end);
+  }
+  int64_t c = low;
+  for (; c + 4 <= high; c += 4) {
+    Scores<Type, kRows, 4>(q, padded, keys + c * a.key_column, a.key_column, a.size, a.scale,
+                           scores + c - low, stride);
+  }
+  for (; c < high; ++c) {
+    Scores<Type, kRows, 1>(q, padded, keys + c * a.key_column, a.key_column, a.size, a.scale,
+                           scores + c - low, stride);
+  }
+  float total[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    total[i] = Weights(scores + i * stride + rows[i].first - low, rows[i].end - rows[i].first);
+  }
+  // Columns from..to of kMixed queries from row i on.
+  const auto mix = [&]<int kMixed>(int i, int64_t from, int64_t to) PD_INLINE_LAMBDA {
+    Mix<Type, kMixed>(scores + i * stride + from - low, stride, to - from,
+                      values + from * a.value_column, a.value_column, a.size, sums + i * padded,
+                      padded);
+  };
+  if (begin > end) begin = end = high;  // nothing in common
+  for (int i = 0; i < kRows; ++i) {
+    mix.template operator()<1>(i, rows[i].first, Least(begin, rows[i].end));
+  }
+  mix.template operator()<kRows>(0, begin, end);
+  for (int i = 0; i < kRows; ++i) {
+    mix.template operator()<1>(i, end, rows[i].end);
+    for (int64_t d = 0; d < a.size; d += kLanes) {
+      Put<Type>(Load(sums + i * padded + d) / Set(total[i]), rows[i].out, d, a.size);
+    }
+  }
+}
+
+// Rows of `tokens` queries of each of `together` heads of a key head.
 template <class Type>
 inline void Attend(const HeadsArgs& a, int64_t begin, int64_t end, float* scratch) {
   using T = typename Type::T;
-  constexpr int64_t kStep = 4 * kLanes;
-  float *q = scratch, *scores = scratch + Ceil(a.size, 64) * 64;
+  const int64_t parts = a.heads / a.together;
+  Query<Type> rows[kQueries];
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / a.heads, h = unit % a.heads, g = h / (a.heads / a.groups);
+    const int64_t b = unit / parts, h = unit % parts * a.together, g = h / (a.heads / a.groups);
     const T* keys = static_cast<const T*>(a.keys) + b * a.key_batch + g * a.key_head;
     const T* values = static_cast<const T*>(a.values) + b * a.value_batch + g * a.value_head;
-    for (int64_t t = 0; t < a.tokens; ++t) {
-      const int64_t head = ((b * a.tokens + t) * a.heads + h) * a.size, last = a.columns + t;
-      T* out = static_cast<T*>(a.out) + head;
+    int count = 0;
+    const auto attend = [&] {
+      switch (std::exchange(count, 0)) {
+        case 1:
+          return AttendRows<Type, 1>(a, keys, values, rows, scratch);
+        case 2:
+          return AttendRows<Type, 2>(a, keys, values, rows, scratch);
+        case 3:
+          return AttendRows<Type, (kQueries < 3 ? kQueries : 3)>(a, keys, values, rows, scratch);
+        case 4:
+          return AttendRows<Type, kQueries>(a, keys, values, rows, scratch);
+      }
+    };
+    for (int64_t i = 0; i < a.tokens * a.together; ++i) {
+      const int64_t t = i / a.together, head = h + i % a.together, last = a.columns + t;
+      const int64_t at = ((b * a.tokens + t) * a.heads + head) * a.size;
+      T* out = static_cast<T*>(a.out) + at;
       int64_t first = a.starts[b];
-      if (a.window > 0 && last - a.window + 1 > first) first = last - a.window + 1;
-      const int64_t n = last + 1 - first;
-      if (n <= 0) {  // padding
+      if (a.window > 0) first = Most(first, last + 1 - a.window);
+      if (first > last) {  // padding
         std::memset(out, 0, static_cast<size_t>(a.size) * sizeof(T));
         continue;
       }
-      std::memcpy(q, a.q + head, static_cast<size_t>(a.size) * sizeof(float));
-      for (int64_t i = a.size; i % kLanes; ++i) q[i] = 0.0f;
-      const T* key = keys + first * a.key_column;
-      int64_t c = 0;
-      for (; c + 4 <= n; c += 4) {
-        Scores<Type, 4>(q, key + c * a.key_column, a.key_column, a.size, a.scale, scores + c);
-      }
-      for (; c < n; ++c) {
-        Scores<Type, 1>(q, key + c * a.key_column, a.key_column, a.size, a.scale, scores + c);
-      }
-      const float sum = Weights(scores, n);
-      const T* value = values + first * a.value_column;
-      int64_t d = 0;
-      for (; d + kStep <= a.size; d += kStep) {
-        Mix<Type, 4>(scores, n, value, a.value_column, sum, d, a.size, out);
-      }
-      for (; d < a.size; d += kLanes) {
-        Mix<Type, 1>(scores, n, value, a.value_column, sum, d, a.size, out);
-      }
+      rows[count++] = {a.q + at, out, first, last + 1};
+      if (count == kQueries) attend();
     }
+    attend();
   }
 }
 

@@ -38,7 +38,8 @@ struct GateArgs {
 // `columns` tokens of each request before them, those of request b from column starts[b] on.
 struct HeadsArgs {
   int64_t batch, tokens, heads, groups, size, columns, window;  // window: 0 for all columns
-  float *q, *k;                                                 // [rows, heads or groups, size]
+  int64_t together;  // heads of a unit of `attend`, a divisor of heads / groups
+  float *q, *k;      // [rows, heads or groups, size]
   const float* v;
   const void *q_bias, *k_bias, *v_bias;  // [heads or groups, size], or null
   const void *q_norm, *k_norm;           // [size], or null
@@ -57,15 +58,16 @@ using DecoderNorm = void (*)(const NormArgs&, int64_t begin, int64_t end);      
 using DecoderResidual = void (*)(const ResidualArgs&, int64_t begin, int64_t end);     // rows
 using DecoderGate = void (*)(const GateArgs&, int64_t begin, int64_t end);             // numbers
 using DecoderPlace = void (*)(const HeadsArgs&, int64_t begin, int64_t end);           // rows
-using DecoderAttend = void (*)(const HeadsArgs&, int64_t begin, int64_t end, float*);  // heads
+using DecoderAttend = void (*)(const HeadsArgs&, int64_t begin, int64_t end, float*);  // units
 
-// Floats of scratch memory of a thread in `attend`.
+// Of the scores of one query in the scratch memory of `attend`, and all of it, in floats.
+inline int64_t scores_stride(const HeadsArgs& a) { return (a.columns + a.tokens + 32) / 16 * 16; }
 inline int64_t attend_scratch(const HeadsArgs& a) {
-  return a.columns + a.tokens + 2 * (a.size + 64) + 64;
+  return 4 * (scores_stride(a) + 2 * ((a.size + 63) / 64 * 64));
 }
 
 // Tables of one function per Capability. `place` turns queries and keys and writes keys and values
-// to the cache; then `attend` takes heads b * heads + h, all tokens of each.
+// to the cache; then `attend` takes units b * heads / together + i, all tokens of each.
 extern const DecoderNorm decoder_norm_table[];
 extern const DecoderResidual decoder_residual_table[];
 extern const DecoderGate decoder_gate_table[];

@@ -73,6 +73,17 @@ PD_INLINE int64_t Compress(M m, V a, float* to) {
   return __builtin_popcount(m);
 }
 PD_INLINE float Sum(V a) { return _mm512_reduce_add_ps(a.v); }
+// sums[j] = Sum(x[j])
+PD_INLINE void FourSums(const V (&x)[4], float* sums) {
+  const __m512 ab =
+      _mm512_add_ps(_mm512_unpacklo_ps(x[0].v, x[1].v), _mm512_unpackhi_ps(x[0].v, x[1].v));
+  const __m512 cd =
+      _mm512_add_ps(_mm512_unpacklo_ps(x[2].v, x[3].v), _mm512_unpackhi_ps(x[2].v, x[3].v));
+  const __m512 all =
+      _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 PD_INLINE float MaxOf(V a) { return _mm512_reduce_max_ps(a.v); }
 PD_INLINE float MinOf(V a) { return _mm512_reduce_min_ps(a.v); }
 PD_INLINE V LoadBf16(const uint16_t* p) {
@@ -244,6 +255,11 @@ PD_INLINE float Sum(V a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
+PD_INLINE void FourSums(const V (&x)[4], float* sums) {
+  const __m256 ab = _mm256_hadd_ps(x[0].v, x[1].v), cd = _mm256_hadd_ps(x[2].v, x[3].v);
+  const __m256 all = _mm256_hadd_ps(ab, cd);
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
 PD_INLINE float MaxOf(V a) {
   __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
@@ -379,6 +395,9 @@ PD_INLINE int64_t Compress(M m, V a, float* to) {
   return m;
 }
 PD_INLINE float Sum(V a) { return a.v; }
+PD_INLINE void FourSums(const V (&x)[4], float* sums) {
+  for (int j = 0; j < 4; ++j) sums[j] = x[j].v;
+}
 PD_INLINE float MaxOf(V a) { return a.v; }
 PD_INLINE float MinOf(V a) { return a.v; }
 PD_INLINE V LoadBf16(const uint16_t* p) { return {FromBits(uint32_t(*p) << 16)}; }

@@ -161,8 +161,12 @@ void decoder_layer_out(Tensor hidden, Tensor input_norm, Tensor q, Tensor k, Ten
                       product(normed, rows, v_weight, v_rows)});
   over_rows((heads + 2 * groups) * size,
             [&](int64_t begin, int64_t end) { decoder_place_table[capability](a, begin, end); });
-  const int64_t of_a_head = 2 * tokens * (columns + tokens) * size;
-  torch::stable::parallel_for(0, batch * heads, kNumbersWorthAThread / of_a_head + 1,
+  // The heads that share keys together, unless that leaves threads without work. What they compute
+  // must not depend on how many threads there are.
+  constexpr int64_t kUnits = 8;
+  a.together = batch * groups >= kUnits ? heads / groups : 1;
+  const int64_t of_a_unit = 2 * a.together * tokens * (columns + tokens) * size;
+  torch::stable::parallel_for(0, batch * heads / a.together, kNumbersWorthAThread / of_a_unit + 1,
                               [&](int64_t begin, int64_t end) {
                                 const Scratch scratch(4 * attend_scratch(a));
                                 decoder_attend_table[capability](a, begin, end, scratch.data());

@@ -62,7 +62,7 @@ struct Result {
   Numbers keys, values, out;
 };
 
-Result run(const Shape& s, DType dtype, int capability, bool more) {
+Result run(const Shape& s, DType dtype, int capability, bool more, bool together) {
   const int64_t rows = s.batch * s.tokens, seen = s.columns + s.tokens;
   const int64_t cached = s.batch * s.groups * seen * s.size;
   Result r{Numbers(cached, dtype, 1), Numbers(cached, dtype, 2),
@@ -93,6 +93,7 @@ Result run(const Shape& s, DType dtype, int capability, bool more) {
     a.q_bias = q_bias.data(), a.k_bias = k_bias.data(), a.v_bias = k_bias.data();
     a.q_norm = q_norm.data(), a.k_norm = k_norm.data();
   }
+  a.together = together ? s.heads / s.groups : 1;
   a.rotary_token = s.size, a.rotary_batch = s.tokens * s.size;
   a.keys = r.keys.data(), a.values = r.values.data(), a.out = r.out.data();
   a.key_column = a.value_column = s.size, a.key_head = a.value_head = seen * s.size;
@@ -100,13 +101,13 @@ Result run(const Shape& s, DType dtype, int capability, bool more) {
   a.starts = starts.data();
   decoder_place_table[capability](a, 0, rows);
   Exact<float> scratch(static_cast<size_t>(attend_scratch(a)), nan);
-  decoder_attend_table[capability](a, 0, s.batch * s.heads, scratch.data());
+  decoder_attend_table[capability](a, 0, s.batch * s.heads / a.together, scratch.data());
   return r;
 }
 
 void check(const Shape& s, DType dtype, int capability) {
   for (const bool more : {false, true}) {
-    const Result want = run(s, dtype, 0, more), got = run(s, dtype, capability, more);
+    const Result want = run(s, dtype, 0, more, false), got = run(s, dtype, capability, more, more);
     compare("keys", got.keys, want.keys, dtype, capability);
     compare("values", got.values, want.values, dtype, capability);
     compare("heads", got.out, want.out, dtype, capability);

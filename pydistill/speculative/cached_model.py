@@ -53,6 +53,11 @@ class CachedModel:
         self._cache = cache_argument(model)
         self._fused: Any = fused_layers(model)
 
+    @property
+    def fused(self) -> bool:
+        """Whether its layers run by `decoder_layer` where tokens are few."""
+        return self._fused is not None
+
     def extend(self, ids: Tensor, counts: Sequence[int], rows: int) -> Tensor:
         """Runs the model on tokens `ids [B, T]`, of which row i's are the last `counts[i]`, and
         caches them; the logits `[B, rows, V]` of the last ones."""

@@ -145,7 +145,7 @@ class Decoder:
         self.requests, self.active = requests, list(requests)
         self.settings, self.method, self.length = chosen, method, length
         self.streamer, self.device = streamer, target.device
-        self.stats = GenerateStats()
+        self.stats = GenerateStats(fused_layers=self.target.fused)
         self._overlap = 0.0  # the sum
         self._prompt_seconds = 0.0  # of the target's first run
         self._steps: dict[int, float] = defaultdict(float)  # of plain decoding, by requests

@@ -72,6 +72,8 @@ def fused_layers(model: Any) -> FusedLayers | None:
         return None
     if any(type(x).__name__ not in _LAYERS or not _plain(x) for x in layers):
         return None
+    if 2 * model.base_model.rotary_emb.inv_freq.numel() != layers[0].self_attn.head_dim:
+        return None  # a part of each head is turned
     kinds = {(x.device.type, x.dtype) for x in (*layers.parameters(), head.weight)}
     return FusedLayers(model.base_model) if len(kinds) == 1 and has_kernel(*kinds.pop()) else None
 

@@ -32,6 +32,7 @@ class GenerateStats:
     overlap: float = math.nan
     num_draft_tokens: list[int] = field(default_factory=list)  # of each block
     seconds: float = 0.0  # of all blocks
+    fused_layers: bool = False  # whether the target's layers ran by `decoder_layer`
     predicted_speedup: float = math.nan
     measured_speedup: float = math.nan
 
