@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,14 @@ pytest.importorskip("transformers", reason="drafts need the extra `hf`")
 
 import pydistill
 from pydistill import cli
-from pydistill.recipes import UsageError, draft, draft_files, draft_training, models
+from pydistill.recipes import (
+    UsageError,
+    draft,
+    draft_compare,
+    draft_files,
+    draft_training,
+    models,
+)
 
 
 def options(tiny: Path, output: Path, **changes: Any) -> draft.Options:
@@ -304,6 +313,59 @@ def test_a_comparison_is_one_table(
     assert json.loads(capsys.readouterr().out) == result
     assert cli.main([*command, "--seed", "1"]) == 2
     assert "was begun with other options" in capsys.readouterr().err
+
+
+def test_rows_that_begin_alike_are_fitted_and_judged_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And are, bit for bit, what runs of each alone are."""
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> None:
+        real = getattr(draft, name)
+
+        def counted(*args: Any) -> Any:
+            calls[name] += 1
+            return real(*args)
+
+        monkeypatch.setattr(draft, name, counted)
+
+    count("evaluate")
+    count("fit_input")
+    base = options(tiny, tmp_path / "all")
+    varied = ["feature:1", "layers:1"], ["forward_kl", "tvd"], ["target", "text"]
+    rows = draft_compare.run(base, *varied, progress=False, short_steps=1).rows
+    assert len(rows) == 5
+    # Before: feature:1 on the target's answers, on texts, which give another W, and layers:1.
+    assert calls == {"evaluate": 3 + 5, "fit_input": 2}
+
+    target, tokenizer = models.load(str(tiny), models.compute_dtype())
+    chosen = draft_compare.variants(base, *varied, short_steps=1)
+    for number in (2, 3):  # the other divergence, the other source
+        name, of_row = chosen[number]
+        alone = draft.train(replace(of_row, output=tmp_path / name), target, tokenizer, False)
+        assert (rows[number].before, rows[number].after) == (alone.before, alone.after)
+        weights = [(x / name / "model.safetensors").read_bytes() for x in (base.output, tmp_path)]
+        assert weights[0] == weights[1]
+
+    calls.clear()
+    (base.output / f"{chosen[-1][0]}.json").unlink()  # as if it had ended before the last row
+    shutil.rmtree(base.output / chosen[-1][0])
+    assert draft_compare.run(base, *varied, progress=False, short_steps=1).rows == rows
+    assert calls == {"evaluate": 1, "fit_input": 1}
+
+
+def test_which_rows_begin_alike(tiny: Path, tmp_path: Path) -> None:
+    sources = ["target", "mixed", "text", "draft"]
+
+    def beginnings(**changes: Any) -> list[Any]:
+        base = options(tiny, tmp_path, **changes)
+        found = draft_compare.variants(base, ["layers:1"], ["jsd"], sources)
+        return [draft_compare._beginning(x) for _, x in found]
+
+    assert len(set(beginnings())) == 1
+    first, second, *others = beginnings(draft_vocab="40")  # the most frequent of what is learnt
+    assert first == second and len({first, *others}) == 3
 
 
 def test_a_teacher_cache_teaches(tiny: Path, tmp_path: Path) -> None:

@@ -125,6 +125,15 @@ class Result:
         return asdict(self) | {"options": draft_files.named(self.options)}
 
 
+@dataclass
+class Untrained:
+    """What a draft is before any step, for runs that begin with the same one; the first of them
+    finds it."""
+
+    input: Tensor | None = None  # W of a feature draft, as `fit_input` sets it
+    quality: Quality | None = None
+
+
 @dataclass(frozen=True)
 class Data:
     """What a run learns from and is judged by."""
@@ -143,9 +152,15 @@ def run(options: Options, progress: bool = True) -> Result:
     return train(options, target, tokenizer, progress)
 
 
-def train(options: Options, target: Any, tokenizer: Any, progress: bool = True) -> Result:
-    """`run` with a target that is loaded."""
-    start, team = time.perf_counter(), Team()
+def train(
+    options: Options,
+    target: Any,
+    tokenizer: Any,
+    progress: bool = True,
+    known: Untrained | None = None,
+) -> Result:
+    """`run` with a target that is loaded, and what is known of the draft, which grows."""
+    start, team, known = time.perf_counter(), Team(), known or Untrained()
     progress = progress and team.first
     try:
         check_model("target", target)
@@ -153,16 +168,17 @@ def train(options: Options, target: Any, tokenizer: Any, progress: bool = True) 
         raise UsageError(f"--model {options.model}: {error}") from error
     if not team.first:
         team.wait()  # the first makes what all read
-        return _led(options, target, tokenizer, team)
+        return _led(options, target, tokenizer, team, known)
     with draft_files.working_folder(options.output) as folder, torch.random.fork_rng():
         data = make_data(target, tokenizer, options, progress)
-        draft = make_draft(target, tokenizer, data, options, progress)
+        draft = make_draft(target, tokenizer, data, options, progress, known)
         made = draft_files.load(folder / draft_files.BEGUN, options)
-        if made is None:
-            before = evaluate(target, draft, data, options, progress)
-            draft_files.store(folder / draft_files.BEGUN, options, before=asdict(before))
-        else:
+        if made is not None:
             before = Quality(**made["before"])
+        else:
+            before = known.quality or evaluate(target, draft, data, options, progress)
+            draft_files.store(folder / draft_files.BEGUN, options, before=asdict(before))
+        known.quality = before
         team.wait()
         training = Training(target, draft, data, options)
         resumed_at = training.resume(folder / "state.pt")
@@ -184,12 +200,12 @@ def train(options: Options, target: Any, tokenizer: Any, progress: bool = True) 
     )
 
 
-def _led(options: Options, target: Any, tokenizer: Any, team: Team) -> Result:
+def _led(options: Options, target: Any, tokenizer: Any, team: Team, known: Untrained) -> Result:
     """The part of every process but the first: the same steps; it judges and writes nothing."""
     folder = options.output.with_name(options.output.name + ".unfinished")
     with torch.random.fork_rng():
         data = make_data(target, tokenizer, options)
-        draft = make_draft(target, tokenizer, data, options)
+        draft = make_draft(target, tokenizer, data, options, known=known)
         training = Training(target, draft, data, options)
         resumed_at = training.resume(folder / "state.pt")
         team.wait()
@@ -202,7 +218,12 @@ def _led(options: Options, target: Any, tokenizer: Any, team: Team) -> Result:
 
 
 def make_draft(
-    target: Any, tokenizer: Any, data: Data, options: Options, progress: bool = False
+    target: Any,
+    tokenizer: Any,
+    data: Data,
+    options: Options,
+    progress: bool = False,
+    known: Untrained | None = None,
 ) -> Any:
     """The draft in fp32, before any step."""
     tokens = None if options.draft_vocab is None else _tokens(target, data, options.draft_vocab)
@@ -217,7 +238,12 @@ def make_draft(
         )
     _check_pairs(options, isinstance(draft, FeatureDraft))
     if options.draft.startswith("feature:") and draft.out is None and data.seen is not None:
-        fit_input(draft, target, data.seen, options.row)
+        known = known or Untrained()
+        if known.input is None:
+            fit_input(draft, target, data.seen, options.row)
+            known.input = draft.fc.weight.detach().clone()
+        else:
+            draft.fc.weight.data.copy_(known.input)
     return draft
 
 

@@ -3,20 +3,22 @@
 The first draft, divergence and source are the base; each further one replaces its own in it, and
 nothing else. With `short_steps` all are trained for so many steps, and the base again for its own
 number, last, so that one command compares and then makes the draft that is wanted. All learn from
-the same answers of the target, which are written once, and are judged on the same held-out prompts.
-A comparison that was ended goes on with the row that it was at.
+the same answers of the target, which are written once, and are judged on the same held-out prompts;
+a draft with which several rows begin is fitted and judged once. A comparison that was ended goes on
+with the row that it was at.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydistill.recipes import UsageError, draft_files, models
-from pydistill.recipes.draft import Options, Quality, check, train
+from pydistill.recipes.draft import Options, Quality, Untrained, check, train
 from pydistill.recipes.draft_training import Team
 
 # The share of steps on the draft's own samples, and the source of the others.
@@ -68,14 +70,16 @@ def run(
     team.wait()
     target, tokenizer = models.load(base.model, models.compute_dtype(), progress and team.first)
     rows: list[Row] = []
+    known: defaultdict[Any, Untrained] = defaultdict(Untrained)
     for name, options in chosen:
         path = base.output / f"{name}.json"
         done = path.exists()
         team.wait()
         if done:
             rows.append(_row(json.loads(path.read_text("utf-8"))))
+            known[_beginning(options)].quality = rows[-1].before
             continue
-        found = train(options, target, tokenizer, progress)
+        found = train(options, target, tokenizer, progress, known[_beginning(options)])
         rows.append(
             Row(
                 options.draft, options.divergence, source_of(options), options.steps,
@@ -127,6 +131,14 @@ def _of(base: Options, kind: str, divergence: str, source: str) -> Options:
         width=base.width if feature else None, unroll=base.unroll if feature else 1,
         text=base.text if written == "text" else None,
     )  # fmt: skip
+
+
+def _beginning(options: Options) -> tuple[Any, ...]:
+    """The same for rows whose drafts are the same before any step: a feature draft's W and the most
+    frequent tokens come from what is learnt, too."""
+    if options.draft.startswith("feature:") or options.draft_vocab is not None:
+        return options.draft, options.source, options.on_policy < 1
+    return (options.draft,)
 
 
 def source_of(options: Options) -> str:
