@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -23,11 +24,14 @@ import torch
 
 from pydistill.recipes import UsageError, bar, models, prompts, speed
 from pydistill.recipes.write import load_draft
+from pydistill.speculative.cached_model import context_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run(options: argparse.Namespace) -> dict[str, list[speed.Rate]]:
+    """Rates for each kind of prompt and temperature; UsageError for what cannot be met."""
+    check(options)
     dtype = DTYPES[options.dtype]
     target, tokenizer = models.load(options.model, dtype)
     drafts: dict[str, Any] = {"none": None}
@@ -35,17 +39,49 @@ def run(options: argparse.Namespace) -> dict[str, list[speed.Rate]]:
         drafts[name], _ = load_draft(target, name, dtype, progress=False)
     contestants = speed.ways(target, drafts, assisted=True)
     sets = {"held-out": prompts.shipped()[1], "copying": prompts.copying()}
+    sets = {kind: texts[: options.prompts] for kind, texts in sets.items()}
+    asked = prompts.encoded(tokenizer, [text for texts in sets.values() for text in texts])
+    _check_lengths(target, asked, options.max_new_tokens)
     found = {}
-    for kind, texts in sets.items():
-        chosen = texts[: options.prompts]
+    for kind, chosen in sets.items():
         for temperature in options.temperature:
             label = f"{kind} prompts, temperature {temperature:g}"
             with bar(True, len(contestants) * (len(chosen) + 1), label) as shown:
-                found[label] = speed.measure(
-                    tokenizer, chosen, contestants, new_tokens=options.max_new_tokens,
-                    temperature=temperature, seed=options.seed, bar=shown,
-                )  # fmt: skip
+                try:
+                    found[label] = speed.measure(
+                        tokenizer, chosen, contestants, new_tokens=options.max_new_tokens,
+                        temperature=temperature, seed=options.seed, bar=shown,
+                    )  # fmt: skip
+                except ValueError as error:  # a draft of another model
+                    raise UsageError(str(error)) from error
     return found
+
+
+def check(options: argparse.Namespace) -> None:
+    """UsageError for what would measure nothing, or something else than its label says."""
+    for name in ("max_new_tokens", "prompts"):
+        if (count := getattr(options, name)) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {count} is no positive number; pass 1.")
+    for temperature in options.temperature:
+        if not 0 <= temperature < math.inf:
+            raise UsageError(
+                f"--temperature {temperature:g} is outside 0 to infinity; pass 0 for greedy texts,"
+                " or 1 for the model's own law."
+            )
+    if options.output is not None and (
+        options.output.is_dir() or not options.output.absolute().parent.is_dir()
+    ):
+        raise UsageError(f"--output {options.output} is no file in a folder that is there.")
+
+
+def _check_lengths(target: Any, asked: list[list[int]], new_tokens: int) -> None:
+    """Before the work: transformers writes past the context without a word."""
+    longest, context = max(map(len, asked)), context_of(target)
+    if context and longest + new_tokens > context:
+        raise UsageError(
+            f"a prompt of {longest} tokens and --max-new-tokens {new_tokens} do not fit into the"
+            f" model's context of {context}; pass {max(1, context - longest)} at most."
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
