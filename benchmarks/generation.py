@@ -15,8 +15,9 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ from pydistill.speculative.cached_model import context_of
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def run(options: argparse.Namespace) -> dict[str, list[speed.Rate]]:
-    """Rates for each kind of prompt and temperature; UsageError for what cannot be met."""
+def run(
+    options: argparse.Namespace, show: Callable[[str, list[speed.Rate]], None] = lambda *_: None
+) -> dict[str, list[speed.Rate]]:
+    """Rates for each kind of prompt and temperature, each shown as it is there; UsageError for what
+    cannot be met."""
     check(options)
     dtype = DTYPES[options.dtype]
     target, tokenizer = models.load(options.model, dtype)
@@ -54,6 +58,7 @@ def run(options: argparse.Namespace) -> dict[str, list[speed.Rate]]:
                     )  # fmt: skip
                 except ValueError as error:  # a draft of another model
                     raise UsageError(str(error)) from error
+            show(label, found[label])
     return found
 
 
@@ -84,6 +89,10 @@ def _check_lengths(target: Any, asked: list[list[int]], new_tokens: int) -> None
         )
 
 
+def _print(dtype: str, label: str, rates: list[speed.Rate]) -> None:
+    print("\n".join([f"{label}, {dtype}", "", *speed.table(rates), ""]), flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.generation", description=__doc__,
@@ -99,12 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     options = parser.parse_args(arguments)
     try:
-        found = run(options)
+        found = run(options, partial(_print, options.dtype))
     except UsageError as error:
         print(f"benchmarks.generation: {error}", file=sys.stderr)
         return 2
-    for label, rates in found.items():
-        print("\n".join([f"{label}, {options.dtype}", "", *speed.table(rates), ""]))
     if options.output is not None:
         text = json.dumps({k: [asdict(x) for x in v] for k, v in found.items()}, indent=2)
         options.output.write_text(text + "\n", "utf-8")

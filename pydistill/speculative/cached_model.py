@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pydistill.speculative.fused_layers import few, fused_layers, logits_of
+from pydistill.speculative.fused_layers import few, fused_layers, linear
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 
@@ -102,7 +102,7 @@ class CachedModel:
         states = self._fused(self.model.get_input_embeddings()(ids), positions, starts, self.cache)
         if self._states is not None:
             self._states.update(states[:, None], states[:, None, :, :0])
-        return StepOutput(logits_of(self.model.get_output_embeddings(), states[:, -rows:]), states)
+        return StepOutput(linear(self.model.get_output_embeddings(), states[:, -rows:]), states)
 
     def _call(self, **keywords: Any) -> Any:
         if self._states is None:

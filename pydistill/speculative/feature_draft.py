@@ -29,7 +29,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 
 from pydistill.speculative.cached_model import attention_mask, cache_argument
 from pydistill.speculative.draft_models import chosen_tokens, in_dtype
-from pydistill.speculative.fused_layers import FusedLayers, logits_of
+from pydistill.speculative.fused_layers import FusedLayers, linear
 
 _FORMAT = "pydistill_draft"
 
@@ -144,7 +143,7 @@ class FeatureDraft(nn.Module):
 
         def join(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             below, *rest = given
-            return self._joined(features, below), *rest
+            return self.fc(torch.cat([features.to(below.dtype), below], -1)), *rest
 
         hook = self.model.layers[self.stem].register_forward_pre_hook(join)
         try:
@@ -170,16 +169,15 @@ class FeatureDraft(nn.Module):
         """`forward` on a few tokens, with its layers run by `layers`, which says what the rest is;
         without a gradient."""
         embedded = self._target[0](input_ids).to(self.dtype)
-        between = {self.stem: partial(self._joined, features)}
-        states = layers(embedded, positions, starts, cache, between)
-        if self.out is not None:
-            states = self.out(states)
-        head = self.get_output_embeddings()
-        return FeatureOutput(logits_of(head, states[:, -logits_to_keep:]), states)
 
-    def _joined(self, features: Tensor, below: Tensor) -> Tensor:
-        found: Tensor = self.fc(torch.cat([features.to(below.dtype), below], -1))
-        return found
+        def join(below: Tensor) -> Tensor:
+            return linear(self.fc, torch.cat([features.to(below.dtype), below], -1))
+
+        states = layers(embedded, positions, starts, cache, {self.stem: join})
+        if self.out is not None:
+            states = linear(self.out, states)
+        head = self.get_output_embeddings()
+        return FeatureOutput(linear(head, states[:, -logits_to_keep:]), states)
 
     def logits(self, states: Tensor) -> Tensor:
         """Of states `[..., H]`, over `draft_vocab` or all tokens."""

@@ -83,13 +83,13 @@ def few(tokens: int, columns: int) -> bool:
     return tokens <= _FEW or tokens * (columns + tokens) <= _SCORES
 
 
-def logits_of(head: nn.Linear, states: Tensor) -> Tensor:
-    """The head's product of `[B, T, H]`, in its dtype, at the speed of memory."""
-    rows = states.reshape(-1, states.shape[-1])
-    found = matmul(rows, head.weight.t(), out_dtype=states.dtype)
-    if head.bias is not None:
-        found += head.bias
-    return found.view(*states.shape[:-1], -1)
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer of `[B, T, H]`, in its dtype, without a gradient, at the speed of memory."""
+    rows = x.reshape(-1, x.shape[-1])
+    found = matmul(rows, layer.weight.t(), out_dtype=x.dtype)
+    if layer.bias is not None:
+        found += layer.bias
+    return found.view(*x.shape[:-1], -1)
 
 
 def _as_made(model: nn.Module) -> bool:
@@ -102,9 +102,9 @@ def _as_made(model: nn.Module) -> bool:
 def _plain(layer: Any) -> bool:
     attention, mlp = layer.self_attn, layer.mlp
     inner = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *inner)
+    every = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, *inner)
     return (
-        all(type(x) is nn.Linear for x in linear)
+        all(type(x) is nn.Linear for x in every)
         and all(x.bias is None for x in inner)
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
     )
@@ -112,13 +112,13 @@ def _plain(layer: Any) -> bool:
 
 def _weights(layer: Any) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
-    linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    q, k, v, o = (x.weight for x in linear)
+    outer = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    q, k, v, o = (x.weight for x in outer)
     norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
     return LayerWeights(
         layer.input_layernorm.weight, q, k, v, o, layer.post_attention_layernorm.weight,
         mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight,
-        *(x.bias for x in linear), *(None if x is None else x.weight for x in norms),
+        *(x.bias for x in outer), *(None if x is None else x.weight for x in norms),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import pydistill
 from pydistill.ops.decoder_layer import has_kernel
 from pydistill.speculative import feature
 from pydistill.speculative.cached_model import CachedModel
-from pydistill.speculative.fused_layers import fused_layers, logits_of
+from pydistill.speculative.fused_layers import fused_layers, linear
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 4,
@@ -171,4 +171,4 @@ def test_the_heads_product() -> None:
     head = nn.Linear(8, 5)
     states = torch.randn(2, 3, 8)
     with torch.no_grad():
-        torch.testing.assert_close(logits_of(head, states), head(states))
+        torch.testing.assert_close(linear(head, states), head(states))
