@@ -1,6 +1,7 @@
 """The ladder's table: its rows, its Markdown and its comparison."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -248,3 +249,41 @@ def test_cuda_names() -> None:
     assert _cuda_name("topk_divergence_outside<__half>") == "topk_divergence outside fp16"
     assert _cuda_name("verify_chain<__half>") == "verify chain fp16"
     assert _cuda_name("row_sum<float, 128>") == "row_sum<float,128>"
+
+
+def test_rows_stand_while_what_they_are_made_of_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from tools.ladder import __main__ as command
+    from tools.ladder import table
+
+    tracked = json.loads(JSON.read_text())
+    made = []
+    monkeypatch.setattr(command, "collect", lambda tracked: made.append(1) or tracked)
+    monkeypatch.setattr(command, "JSON", tmp_path / "table.json")
+    monkeypatch.setattr("sys.argv", ["ladder", "--check", "--changed"])
+    monkeypatch.setattr(command, "climb", lambda *x: pytest.fail("nothing is to be climbed here"))
+    monkeypatch.setattr(
+        command, "records", lambda: {k: x for k, x in tracked.items() if k.endswith(" proof")}
+    )
+    for fingerprint, times in ((table.inputs(), 0), ("another", 1)):
+        tracked["inputs"] = {"fingerprint": fingerprint}
+        command.JSON.write_text(json.dumps(tracked))
+        assert command.main() == 0 and len(made) == times
+    assert "nothing that the rows are made of" in capsys.readouterr().out
+
+
+def test_the_fingerprint_is_of_every_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tools.ladder import table
+
+    named: list[set[str]] = []
+    monkeypatch.setattr(
+        table, "fingerprint", lambda x: named.append({p.name for p in x}) or str(len(named))
+    )
+    before = table.inputs()
+    assert {"verify.cu", "verify.h", "verify.py", "rows.py", "_rows.py", "nvcc.py"} <= named[0]
+    assert table.inputs() != before
+    monkeypatch.setattr(table, "fingerprint", lambda x: "same")
+    before = table.inputs()
+    monkeypatch.setattr(table, "versions", lambda: {"triton": "0"})
+    assert table.inputs() != before

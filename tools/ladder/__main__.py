@@ -7,7 +7,8 @@ those of kernels of which the tracked record is not, and of these only the cases
 the reference or the table of cases has changed. --defer records such kernels as not climbed yet,
 and the table's page says so until someone runs --full. With --check it writes nothing, prints the
 rows that differ from the tracked table, among them the records of what has changed since, and exits
-with 1 if there are any.
+with 1 if there are any; with --changed, too, it makes no rows anew while all that they are made of
+is as it was.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 
 from tools.ladder.proof import climb, deferred, records, same_kernels
 from tools.ladder.rows import Table
-from tools.ladder.table import JSON, MARKDOWN, ROOT, collect, differences, markdown
+from tools.ladder.table import JSON, MARKDOWN, ROOT, collect, differences, inputs, markdown
 
 
 def main() -> int:
@@ -41,7 +42,12 @@ def main() -> int:
         failed = proofs is None
     elif arguments.defer:
         proofs = {key: deferred(now[key]) for key in stale}
-    found = collect(tracked) | (proofs or {})
+    same = tracked.get("inputs") == {"fingerprint": inputs()}
+    if arguments.check and arguments.changed and same:
+        print("nothing that the rows are made of has changed since they were")
+        found = tracked | (proofs or {})
+    else:
+        found = collect(tracked) | (proofs or {})
     if arguments.check:
         waiting = {
             key: tracked[key] for key, row in now.items() if tracked.get(key) == deferred(row)

@@ -4,14 +4,17 @@
 
 `rows.py` says what a row of the compilers and one of the simulators hold; `<op>_table.py` makes
 those of an operator. The row `versions` names the compilers, and a row that ends in `proof` the
-sources that passed the full ladder (`proof.py`). Rows are flat and keyed by one string, so that two
-tables differ by keys and values and nothing else. Every job has a process of its own: Triton
-decides at import whether it interprets or compiles, and only a few kernels' compilers should live
-at once.
+sources that passed the full ladder (`proof.py`). The row `inputs` is a fingerprint of what the
+others were made of: while it is the same, so are they. Rows are flat and keyed by one string, so
+that two tables differ by keys and values and nothing else. Every job has a process of its own:
+Triton decides at import whether it interprets or compiles, and only a few kernels' compilers should
+live at once.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import re
 import sys
@@ -27,6 +30,7 @@ from tools.ladder import (
     topk_logprobs_table,
     verify_table,
 )
+from tools.ladder.proof import fingerprint
 from tools.ladder.rows import BYTES_ROWS, VOCAB, Row, Table, compiled_row
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +46,20 @@ def versions() -> Row:
 
     nvcc = release()
     return {"triton": version("triton"), **({} if nvcc is None else {"nvcc": nvcc})}
+
+
+def inputs() -> str:
+    """A fingerprint of all that rows are made of: kernels, launchers, operators and references,
+    the ladder itself, and the compilers."""
+    from tools.ladder.cuda.sim import CSRC, source_closure
+
+    found: set[Path] = set()
+    for folder in ("kernels", "tools/ladder", "pydistill/ops", "pydistill/reference"):
+        found |= set((ROOT / folder).rglob("*.py"))
+    for source in (CSRC / "cuda").glob("*.cu"):
+        found |= set(source_closure(source, [CSRC]))
+    named = json.dumps(versions(), sort_keys=True)
+    return hashlib.sha256(f"{fingerprint(found)} {named}".encode()).hexdigest()[:16]
 
 
 def cuda_rows(source: str, target: str) -> Table:
@@ -91,6 +109,7 @@ def collect(tracked: Table) -> Table:
     jobs: list[tuple[Callable[..., Table], tuple[str, ...]]] = []
     rows: Table = {key: row for key, row in tracked.items() if key.endswith(" proof")}
     rows["versions"] = tracked.get("versions", {}) | versions()
+    rows["inputs"] = {"fingerprint": inputs()}
     if find_nvcc() is None:
         print("nvcc is not installed: the tracked CUDA rows are kept", file=sys.stderr)
         rows |= {key: row for key, row in tracked.items() if key.startswith("cuda ")}
@@ -114,10 +133,10 @@ def collect(tracked: Table) -> Table:
 
 
 def differences(tracked: Table, found: Table) -> list[str]:
-    """One line per row that is new, gone or different."""
+    """One line per row that is new, gone or different; what rows are made of is none of them."""
     return [
         f"{key}: tracked {tracked.get(key)}, now {found.get(key)}"
-        for key in sorted(tracked.keys() | found.keys())
+        for key in sorted((tracked.keys() | found.keys()) - {"inputs"})
         if tracked.get(key) != found.get(key)
     ]
 
