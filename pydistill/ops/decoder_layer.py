@@ -78,14 +78,16 @@ def decoder_layer(
         `[B, T, H]`, a new tensor.
 
     Raises:
-        RuntimeError: shapes, strides or dtypes do not agree; or gradients are on, and `hidden` or a
-            weight needs one.
+        RuntimeError: shapes, strides or dtypes do not agree; gradients are on, and a tensor needs
+            one; or a tensor has a tangent.
     """
     backend = _registry.resolve("decoder_layer", impl, hidden.device.type, hidden.dtype)
-    if torch.is_grad_enabled():
-        for x in (hidden, *weights):
-            if x is not None and (x.requires_grad or has_tangent(x)):
-                raise RuntimeError("decoder_layer has no gradient; call it under torch.no_grad().")
+    wanted = torch.is_grad_enabled()
+    for x in (hidden, *weights, cos, sin, keys, values):
+        if x is not None and wanted and x.requires_grad:
+            raise RuntimeError("decoder_layer has no gradient; call it under torch.no_grad().")
+        if x is not None and has_tangent(x):
+            raise RuntimeError("decoder_layer drops tangents, and is given one; take it off.")
     if backend == "reference":
         with torch.no_grad():
             return decoder_layer_reference(

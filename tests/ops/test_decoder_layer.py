@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pydistill import _registry
 from pydistill.ops.decoder_layer import decoder_layer
@@ -99,6 +100,15 @@ def test_gradients_are_refused(impl: str) -> None:
         decoder_layer(**inputs, impl=impl)
     with torch.no_grad():
         assert not decoder_layer(**inputs, impl=impl).requires_grad
+
+
+@pytest.mark.parametrize("name", ["hidden", "keys"])
+def test_tangents_are_refused(name: str, impl: str) -> None:
+    inputs = given("one-fp32")
+    with torch.no_grad(), forward_ad.dual_level():
+        inputs[name] = forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises(RuntimeError, match="drops tangents"):
+            decoder_layer(**inputs, impl=impl)
 
 
 def test_opcheck() -> None:
