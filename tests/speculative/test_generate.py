@@ -533,6 +533,19 @@ def test_prompt_lookup_copies_what_followed() -> None:
         Ngram(1, 2)
 
 
+def test_a_plain_step_takes_no_longer_than_a_wider_one() -> None:
+    """One disturbed sample does not make every draft look good."""
+    costs = Costs()
+    assert math.isnan(costs.plain(1))
+    costs.runs[1, 1].append(5.0)
+    costs.runs[1, 3].extend([1.2, 1.1])
+    assert costs.plain(1) == 5.0  # too few to be believed
+    costs.runs[1, 3].append(9.0)
+    costs.runs[2, 3].extend([0.1, 0.1, 0.1])  # of another batch
+    assert costs.plain(1) == 1.2 and costs.run(1, 3) == 1.2
+
+
+
 class Machine:
     """Blocks of known cost and acceptance, for a chooser to find out about."""
 
