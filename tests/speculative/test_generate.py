@@ -545,7 +545,6 @@ def test_a_plain_step_takes_no_longer_than_a_wider_one() -> None:
     assert costs.plain(1) == 1.2 and costs.run(1, 3) == 1.2
 
 
-
 class Machine:
     """Blocks of known cost and acceptance, for a chooser to find out about."""
 
