@@ -69,10 +69,10 @@ class CachedModel:
         lengths = [have + new for have, new in zip(self.lengths, counts, strict=True)]
         behind, width = max(self.lengths), max(self.lengths) + ids.shape[1]
         keywords: dict[str, Any] = {}
+        starts = torch.tensor([width - length for length in lengths])
         padded = any(length != width for length in lengths)
         if padded or self._positions:
-            first = torch.tensor([width - length for length in lengths])[:, None]
-            columns = torch.arange(width)[None] - first
+            columns = torch.arange(width)[None] - starts[:, None]
             if padded:
                 keywords["attention_mask"] = (columns >= 0).long().to(ids.device)
             if self._positions:
@@ -80,7 +80,6 @@ class CachedModel:
                 last = None if self.context is None else self.context - 1
                 keywords["position_ids"] = columns[:, behind:].clamp(0, last).to(ids.device)
         if self._fused is not None and few(ids.shape[1], behind):
-            starts = torch.tensor([width - length for length in lengths])
             found = self._few(ids, keywords["position_ids"], starts, rows, **more)
         else:
             if self._keep:
@@ -98,7 +97,8 @@ class CachedModel:
         """As `_call`, by `decoder_layer`."""
         step = getattr(self.model, "step", None)
         if step is not None:  # a draft that is more than its layers
-            return StepOutput(*step(self._fused, ids, positions, starts, self.cache, rows, **more))
+            found: StepOutput = step(self._fused, ids, positions, starts, self.cache, rows, **more)
+            return found
         states = self._fused(self.model.get_input_embeddings()(ids), positions, starts, self.cache)
         if self._states is not None:
             self._states.update(states[:, None], states[:, None, :, :0])

@@ -30,21 +30,16 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pydistill.speculative.cached_model import attention_mask, cache_argument
+from pydistill.speculative.cached_model import StepOutput, attention_mask, cache_argument
 from pydistill.speculative.draft_models import chosen_tokens, in_dtype
 from pydistill.speculative.fused_layers import FusedLayers, linear
 
 _FORMAT = "pydistill_draft"
-
-
-class FeatureOutput(NamedTuple):
-    logits: Tensor  # [B, rows, V], or [B, rows, S] of a reduced head
-    states: Tensor  # [B, T, H]
 
 
 class FeatureDraft(nn.Module):
@@ -123,11 +118,11 @@ class FeatureDraft(nn.Module):
         cache: Any = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
-    ) -> FeatureOutput:
+    ) -> StepOutput:
         """`features [B, T, H]`: of each token, the state before it. The logits are of the last
         `logits_to_keep` positions, 0 for all."""
         states = self.states(input_ids, features, attention_mask, position_ids, cache, use_cache)
-        return FeatureOutput(self.logits(states[:, -logits_to_keep:]), states)
+        return StepOutput(self.logits(states[:, -logits_to_keep:]), states)
 
     def states(
         self,
@@ -165,7 +160,7 @@ class FeatureDraft(nn.Module):
         cache: Any,
         logits_to_keep: int,
         features: Tensor,
-    ) -> FeatureOutput:
+    ) -> StepOutput:
         """`forward` on a few tokens, with its layers run by `layers`, which says what the rest is;
         without a gradient."""
         embedded = self._target[0](input_ids).to(self.dtype)
@@ -177,7 +172,7 @@ class FeatureDraft(nn.Module):
         if self.out is not None:
             states = linear(self.out, states)
         head = self.get_output_embeddings()
-        return FeatureOutput(linear(head, states[:, -logits_to_keep:]), states)
+        return StepOutput(linear(head, states[:, -logits_to_keep:]), states)
 
     def logits(self, states: Tensor) -> Tensor:
         """Of states `[..., H]`, over `draft_vocab` or all tokens."""
