@@ -44,9 +44,11 @@ void multiply(const std::array<GemmArgs, kCount>& products) {
   for (size_t i = 0; i < kCount; ++i) {
     const GemmPlan p = plans[i] = matmul_plan_table[capability](products[i]);
     const GemmPlan& q = plans[0];
-    together = together && p.shared_block == p.shared_panels && p.split_unit == 1 &&
-               p.split_b == q.split_b && p.dots == q.dots && p.exchanged == q.exchanged &&
-               p.pairs == q.pairs && p.shared_panels == q.shared_panels && p.steps == q.steps &&
+    const bool left_is_shared = p.split_b || (p.exchanged && !p.dots);
+    together = together && left_is_shared && p.shared_block == p.shared_panels &&
+               p.split_unit == 1 && p.split_b == q.split_b && p.dots == q.dots &&
+               p.exchanged == q.exchanged && p.pairs == q.pairs &&
+               p.shared_panels == q.shared_panels && p.steps == q.steps &&
                p.depth_block == q.depth_block && p.packed_bytes == q.packed_bytes;
     panels += p.split_panels;
     if (p.scratch_bytes > scratch_bytes) scratch_bytes = p.scratch_bytes;

@@ -4,22 +4,51 @@ nobody may read, and what it refuses."""
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pydistill import _registry
-from pydistill.ops.decoder_layer import decoder_layer
-from pydistill.testing import Case, load
+from pydistill import _native, _registry
+from pydistill.ops.decoder_layer import decoder_layer, has_kernel
+from pydistill.testing import Case, check, load
+from pydistill.testing.cases.decoder_layer import layer_case
 
 OP = "decoder_layer"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TABLE = [case for case in load(OP) if "bench" not in case.marks]
 
 
 @pytest.mark.parametrize("case", TABLE, ids=repr)
 def test_case(case: Case, check_everywhere: Callable[[Case], None]) -> None:
     check_everywhere(case)
+
+
+@settings(max_examples=150, deadline=None)
+@hypothesis.given(
+    st.integers(1, 3), st.integers(1, 9), st.integers(0, 40), st.integers(1, 3), st.integers(1, 4),
+    st.integers(1, 40), st.integers(4, 70), st.integers(1, 70), st.sampled_from(DTYPES),
+    st.integers(0, 12), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from(_native.supported_capabilities() or ["none"]),
+)  # fmt: skip
+def test_any_shape(
+    batch: int, tokens: int, columns: int, groups: int, shared: int, half: int, width: int,
+    inner: int, dtype: torch.dtype, window: int, padded: bool, bias: bool, norms: bool,
+    capability: str,
+) -> None:  # fmt: skip
+    """Of less than four numbers there is often none that is not cancelled."""
+    if not has_kernel("cpu", dtype):
+        pytest.skip("the native library has no decoder_layer; run `make build`")
+    case = layer_case(
+        "any", batch, tokens, columns, dtype, width=width, heads=(groups * shared, groups),
+        size=2 * half, inner=inner, bias=bias, norms=norms, window=window, padded=padded,
+    )  # fmt: skip
+    with _native.use_capability(capability):
+        report = check(case, "cpu")
+    assert report.ok, report.message
 
 
 def given(name: str, seed: int = 0) -> dict[str, Any]:
