@@ -68,7 +68,7 @@ def measure_here(op: str, case: str, contestant: str, quick: bool, threads: int)
     start = resident("VmRSS")
     step.run()
     gc.collect()
-    _memory.release()  # the last gradient's memory, which would hide the next one's
+    _memory.release()  # the first run's blocks, which would hide the second's
     step.refresh()
     reset_high_water()
     there = set(storages(gc.get_objects()))

@@ -175,7 +175,7 @@ class Tiles:
         head, n, width = self.head, rows.stop - rows.start, columns.stop - columns.start
         stride = row_stride(width) if self._buffer.device.type == "cpu" else width
         if self._buffer.numel() < n * stride:
-            self._buffer = self._buffer.new_empty(n * stride)
+            self._buffer = _memory.empty_like(self._buffer.new_empty(()).expand(n * stride))
         out = self._buffer[: n * stride].view(n, stride)[:, :width]
         product(head.hidden[rows], head.weight[columns].T, out)
         if head.bias is not None:

@@ -1,7 +1,9 @@
-"""The memory of big gradients: used again once it is free, never while anyone can see it."""
+"""Kept blocks of memory: used again once they are free, never while anyone can see them, and never
+more than were in use at one moment."""
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from pydistill.ops import _memory
 
 OP = "divergence"
 ROWS, VOCAB = 64, _memory.LEAST // 4 // 64
+SIZE = _memory.LEAST  # bytes of ROWS rows
 
 
 @pytest.fixture(autouse=True)
@@ -46,19 +49,48 @@ def test_a_block_in_use_is_left_alone() -> None:
     assert (row == 1.0).all() and second.data_ptr() != row.data_ptr()
 
 
-def test_of_two_freed_blocks_one_is_kept() -> None:
-    first, second = _memory.empty_like(like()), _memory.empty_like(like())
+def test_blocks_that_were_in_use_together_are_kept() -> None:
+    first, second = _memory.empty_like(like()), _memory.empty_like(like(2 * ROWS))
+    addresses = {first.data_ptr(), second.data_ptr()}
     del first, second
-    assert len(_memory._kept) == 1
+    assert sorted(_memory.kept()) == [SIZE, 2 * SIZE]
+    larger, smaller = _memory.empty_like(like(2 * ROWS)), _memory.empty_like(like())
+    assert {larger.data_ptr(), smaller.data_ptr()} == addresses
 
 
-@pytest.mark.parametrize("rows", [ROWS // 4, 2 * ROWS])
-def test_a_block_of_another_size_is_not_held_back(rows: int) -> None:
+def test_the_smallest_block_that_fits_serves() -> None:
+    blocks = [_memory.empty_like(like(n * ROWS)) for n in (3, 2, 4)]
+    want = blocks[1].data_ptr()
+    blocks.clear()
+    assert _memory.empty_like(like(ROWS + 1)).data_ptr() == want
+
+
+def test_a_larger_block_does_not_leave_the_smaller_one_behind() -> None:
     first = _memory.empty_like(like())
     del first
-    other = _memory.empty_like(like(rows))
-    assert other.shape == (rows, VOCAB)
-    assert len(_memory._kept) == (rows < ROWS)  # a small request does not touch the kept block
+    second = _memory.empty_like(like(2 * ROWS))
+    assert _memory.kept() == []
+    del second
+    assert _memory.kept() == [2 * SIZE]
+
+
+def test_no_more_than_were_in_use_at_one_moment() -> None:
+    """Growing requests one after the other, with one block held throughout."""
+    held, most = _memory.empty_like(like()), 0
+    for rows in (1, 3, 2, 5, 4, 7):
+        block = _memory.empty_like(like(rows * ROWS))
+        most = max(most, (rows + 1) * SIZE)
+        assert sum(_memory.kept()) + 2 * SIZE <= most
+        del block
+        assert sum(_memory.kept()) + SIZE <= most
+    del held
+
+
+def test_a_small_request_does_not_touch_the_kept_block() -> None:
+    first = _memory.empty_like(like())
+    del first
+    small = _memory.empty_like(like(ROWS // 4))
+    assert small.shape == (ROWS // 4, VOCAB) and _memory.kept() == [SIZE]
 
 
 def test_freed_by_another_thread() -> None:
@@ -66,7 +98,28 @@ def test_freed_by_another_thread() -> None:
     thread = threading.Thread(target=held.clear)
     thread.start()
     thread.join()
-    assert len(_memory._kept) == 1
+    assert _memory.kept() == [SIZE]
+
+
+def test_threads_never_share_a_block() -> None:
+    """Four threads take, mark and free blocks of several sizes; each reads its own mark."""
+    wrong = []
+
+    def work(mark: int) -> None:
+        for turn in range(20):
+            block = _memory.empty_like(like(ROWS + turn % 3 * ROWS))
+            block[:, 0] = mark
+            time.sleep(0.001)
+            if not (block[:, 0] == mark).all():
+                wrong.append((mark, turn))
+            del block
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and sum(_memory.kept()) <= 4 * 3 * SIZE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
