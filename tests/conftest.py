@@ -22,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=2, help="how often tests/test_draft.py kills a training (2)"
     )
+    parser.addoption(
+        "--kill-model", metavar="FOLDER", help="on which model (a tiny one, of random weights)"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -150,11 +150,13 @@ def test_killed_runs_go_on_to_the_same_losses(
     capsys: pytest.CaptureFixture[str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """`--kills N` of them: every other one soon after a checkpoint; between these, from the third
-    on, at any moment of the time that the first run took to its first checkpoint."""
+    """`--kills N` of them, of a draft for `--kill-model FOLDER`: every other one soon after a
+    checkpoint; between these, from the third on, at any moment of the time that the first run took
+    to its first checkpoint."""
     kills: int = request.config.getoption("--kills")
+    model = request.config.getoption("--kill-model") or tiny
     arguments = "--draft layers:2 --batch 4 --answers 1 --length 6 --on-policy 0.5"
-    command = ["draft", "--model", str(tiny), *arguments.split(), "--checkpoint-every", "3"]
+    command = ["draft", "--model", str(model), *arguments.split(), "--checkpoint-every", "3"]
     command += ["--steps", str(25 * kills), "--json", "--output"]
 
     state, seen, reach = tmp_path / "killed.unfinished" / "state.pt", 0.0, 0.0

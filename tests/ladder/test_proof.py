@@ -25,9 +25,10 @@ Climb = Callable[..., tuple[dict[str, dict[str, Any]] | None, list[str]]]
 
 
 @pytest.fixture
-def climb(monkeypatch: pytest.MonkeyPatch) -> Climb:
+def climb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Climb:
     """`proof.climb` with test functions of these names, which pass but for the `failing` one: the
     records, and the tests that ran."""
+    monkeypatch.setattr(proof, "NOTES", tmp_path / "build" / "passed.json")
 
     def climb(
         tests: list[str], *arguments: Any, failing: str | None = None
@@ -52,7 +53,36 @@ def test_one_failure_gives_no_record(failing: str | None, climb: Climb) -> None:
     assert ran == ["first", "last", "middle"]
 
 
-def test_sources_that_change_meanwhile_give_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_climb_that_was_ended_goes_on(climb: Climb, monkeypatch: pytest.MonkeyPatch) -> None:
+    tests = ["first", "middle", "last"]
+    assert climb(tests, None, failing="middle")[0] is None
+    assert climb(tests, None) == (proof.records(), ["middle"])
+    assert climb(tests, None) == (proof.records(), [])
+    monkeypatch.setattr(proof, "everything", lambda: {proof.TESTS / "test_proof.py"})
+    assert climb(tests, None)[1] == ["first", "last", "middle"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"sources": 1}', '{"passed": ["first"]}'])
+def test_notes_that_cannot_be_read_are_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "passed.json"
+    path.write_text(text)
+    notes = proof.Notes(path, "1")
+    assert "first" not in notes and notes.add("first")
+    assert "first" in proof.Notes(path, "1") and "first" not in proof.Notes(path, "2")
+
+
+def test_every_source_counts() -> None:
+    names = {path.relative_to(proof.ROOT).as_posix() for path in proof.everything()}
+    assert names >= {
+        "csrc/cuda/verify.cu", "kernels/verify.py", "pydistill/ops/verify.py", "tests/conftest.py",
+        "tests/ladder/test_proof.py", "tools/ladder/mutants/verify_cuda.py",
+    }  # fmt: skip
+
+
+def test_sources_that_change_meanwhile_give_no_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(proof, "NOTES", tmp_path / "passed.json")
     versions = iter([{"a": {"sources": "1"}}, {"a": {"sources": "2"}}])
     monkeypatch.setattr(proof, "_test_functions", lambda: [])
     monkeypatch.setattr(proof, "records", lambda: next(versions))

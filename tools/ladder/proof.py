@@ -4,9 +4,10 @@
     rows == records()    # {"cuda divergence proof": {"sources": "3f..", "cases": 351, ...}, ...}
 
 The full ladder is every test function that has cases or mutants marked `ladder_full`, with all its
-parameters; two functions run at a time. A record names by hash the sources of the kernels and of
-their mutants, so that a changed kernel does not keep the proof of the old one, and those of the
-reference and the table of cases, a change of which asks for the cases again but not for the
+parameters; two functions run at a time. Those that passed are noted, so that a climb that was ended
+goes on where it was, unless a source has changed. A record names by hash the sources of the kernels
+and of their mutants, so that a changed kernel does not keep the proof of the old one, and those of
+the reference and the table of cases, a change of which asks for the cases again but not for the
 mutants; it counts both. The operator's own Python, by which the cases call either side, is in
 neither hash: `make test` runs it.
 """
@@ -16,8 +17,11 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests" / "ladder"
 KERNELS = ROOT / "kernels"
 MUTANTS = Path(__file__).with_name("mutants")
+NOTES = ROOT / "build" / "ladder-passed.json"
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
 
 
@@ -45,13 +50,58 @@ def climb(
         or _concerns(test, keys)
         or (_concerns(test, without_mutants) and "mutants" not in test)
     ]
+    notes = Notes(NOTES, fingerprint(everything()))
+
+    def passes(test: str) -> bool:
+        if test in notes:
+            print(f"{test}: passed before")
+            return True
+        return _run(test) and notes.add(test)
+
     with ThreadPoolExecutor(2) as pool:
-        passed = all(list(pool.map(_run, tests)))
+        passed = all(list(pool.map(passes, tests)))
     if records() != before:
         print("what the records name changed while the tests ran", file=sys.stderr)
         return None
     found = list(before) if keys is None else [*keys, *without_mutants]
     return {key: before[key] for key in found} if passed else None
+
+
+class Notes:
+    """The test functions that passed on sources of one fingerprint, in a file that is replaced as
+    each is added."""
+
+    def __init__(self, path: Path, sources: str) -> None:
+        self._path, self._sources, self._lock = path, sources, threading.Lock()
+        self._passed: list[str] = []
+        try:
+            kept = json.loads(path.read_text())
+            if kept["sources"] == sources:
+                self._passed = kept["passed"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none, or written half by another program
+
+    def __contains__(self, test: str) -> bool:
+        return test in self._passed
+
+    def add(self, test: str) -> bool:
+        """True."""
+        with self._lock:
+            self._passed.append(test)
+            self._path.parent.mkdir(exist_ok=True)
+            new = self._path.with_suffix(".new")
+            new.write_text(json.dumps({"sources": self._sources, "passed": self._passed}, indent=1))
+            os.replace(new, self._path)
+        return True
+
+
+def everything() -> set[Path]:
+    """Every source that a test of the ladder may run."""
+    found = set((ROOT / "tests").glob("*.py"))
+    for folder in ("csrc", "kernels", "pydistill", "tests/ladder", "tests/support", "tools/ladder"):
+        for suffix in ("py", "cu", "cuh", "h", "cpp", "toml"):
+            found |= set((ROOT / folder).rglob(f"*.{suffix}"))
+    return found
 
 
 def same_kernels(old: dict[str, Any] | None, new: dict[str, Any]) -> bool:
