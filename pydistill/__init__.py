@@ -7,6 +7,7 @@ from pydistill.ops._conventions import CONVENTIONS as CONVENTIONS
 from pydistill.ops._topk_conventions import TOPK_CONVENTIONS as TOPK_CONVENTIONS
 from pydistill.ops._topk_teacher import TopkTeacher as TopkTeacher
 from pydistill.ops.cache_decode import cache_decode as cache_decode
+from pydistill.ops.causal_conv1d import causal_conv1d as causal_conv1d
 from pydistill.ops.divergence import DivergenceStats as DivergenceStats
 from pydistill.ops.divergence import divergence as divergence
 from pydistill.ops.divergence import divergence_jvp as divergence_jvp
