@@ -205,8 +205,7 @@ class Tree : Request<S> {
     double left = b.left, z = 0.0;
     if (this->pointed_) {
       if (s.p.point >= 0) {
-        const double rest = b.mass - (tokens()[b.begin + b.next - 1] == s.p.point ? 1.0 : 0.0);
-        this->alone([&] { s.rest = rest; });
+        this->alone([&] { s.rest = b.mass; });  // the target's one token would have passed
       } else {
         this->remove(row, tokens() + b.begin, b.next);
       }
@@ -224,7 +223,7 @@ class Tree : Request<S> {
       if (call_.method == kTraversal) b.ratio = ratio;
       b.mass = this->pointed_ ? s.rest : s.rest / s.scale;
       b.rho = 1.0 / s.scale, b.left = left;
-      if (!(s.rest > 0.0)) b.count = b.next;  // nothing is left for siblings
+      if (!(s.rest > 0.0)) b.count = b.next;  // by rounding: nothing is left for siblings
     });
   }
 
@@ -285,7 +284,7 @@ class Tree : Request<S> {
 
   __device__ void finish(int32_t row, int32_t accepted) {
     const Slot& s = slots_[row];
-    bool left = branches()[row].next > 0 && s.rest > 0.0;
+    bool left = s.rest > 0.0;  // of a row without a failed child it is 0
     if (left && s.rest < 1e-3 && !this->pointed_ && !s.exact) {
       this->refine(row);
       left = s.rest > 0.0;

@@ -327,7 +327,8 @@ __device__ void pass_pivots(const Reader<S>& reader, const Warped& w, bool exact
   __syncthreads();
 }
 
-// The logits of a row in [bottom, top], few enough to be compared with each other.
+// The logits of a row in [bottom, top], few enough to be compared with each other; bottom is
+// finite, and what a tile has behind the row is -inf.
 struct Candidates {
   float* logits;
   unsigned long long* weights;  // in units of 2^-52, whose sums do not depend on their order
@@ -348,8 +349,7 @@ __device__ Candidates collect(const Reader<S>& reader, const Warped& w, bool by_
     reader.load(start, x);
 #pragma unroll
     for (int i = 0; i < kTile; ++i)
-      if (x[i] >= bottom && x[i] <= top && is_inside(start + i, reader.vocab))
-        logits[atomicAdd(&size, 1)] = x[i];
+      if (x[i] >= bottom && x[i] <= top) logits[atomicAdd(&size, 1)] = x[i];
   });
   __syncthreads();
   const int count = size;

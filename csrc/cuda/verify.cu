@@ -40,12 +40,11 @@ class Chain : Request<S> {
       if (whole) this->alone([&] { slots_[slot].scale = ratio; });
       const double odds = weigh(slot);
       if (whole) {
-        const bool sure = s.rest == 0.0 && ratio == 1.0;
-        const double den = sure ? 1.0 : s.rest + (1.0 - ratio);
-        if (slot > 0 && this->flip(slot - 1, sure ? 1.0 : s.rest, den)) accepted = slot;
+        // Where both are 0 the next slot, or the end, accepts as much.
+        if (slot > 0 && this->flip(slot - 1, s.rest, s.rest + (1.0 - ratio))) accepted = slot;
         ratio = fmin(1.0, ratio * s.px / s.qx);
       } else {
-        open = this->flip(slot, odds, call_.method == kTypical ? 1.0 : s.qx);
+        open = this->flip(slot, odds, s.qx);  // of `typical`, odds of 1 or 0 decide alone
         accepted += open;
       }
       ++tested;
@@ -115,7 +114,6 @@ class Chain : Request<S> {
     } else {
       odds = this->odds(s);
       if (this->pointed_) bias = fmin(1.0, odds) - s.px;
-      if (call_.lenience == kStrict) bias = 0.0;
       if (call_.lenience >= kEnsemble) bias = (1.0 - weight(s.rest)) * s.rest;
     }
     this->alone([&] { s.bias = bias; });
