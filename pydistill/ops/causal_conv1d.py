@@ -54,7 +54,7 @@ def causal_conv1d(
     Args:
         x: `[B, T, D]`, any strides. fp32, bf16, fp16; fp64 on the reference.
         weight: `[D, W]`, tap W - 1 being that of the token itself; an `nn.Conv1d`'s
-            `weight.squeeze(1)`. Any of those dtypes.
+            `weight.squeeze(1)`. Any of those dtypes, and so the bias.
         bias: `[D]`.
         activation: None, or "silu".
         initial_state: `[N, W - 1, D]` of x's dtype, the last tokens before each sequence; N is B,
@@ -75,7 +75,9 @@ def causal_conv1d(
             the fix.
     """
     inputs = _prepare(x, weight, bias, activation, initial_state, cu_seqlens)
-    backend = _registry.resolve(OP.name, impl, x.device.type, x.dtype)
+    wide = any(t is not None and t.dtype == torch.float64 for t in (x, weight, bias))
+    dtype = torch.float64 if wide else x.dtype
+    backend = _registry.resolve(OP.name, impl, x.device.type, dtype)
     out = _convolve(inputs, activation is not None, backend).reshape(x.shape)
     return out, _final_state(x, inputs, cu_seqlens is not None) if output_final_state else None
 

@@ -205,6 +205,21 @@ def test_what_needs_no_gradient_gets_none(impl: str) -> None:
     assert not causal_conv1d(x, weight, bias, impl=impl)[0].requires_grad
 
 
+def test_fp64_is_the_references(native_impl: str) -> None:
+    """A weight or a bias of fp64 too."""
+    x, weight, bias = torch.randn(1, 6, 5), torch.randn(5, 4), torch.randn(5)
+    for given in (
+        (x.double(), weight, bias),
+        (x, weight.double(), bias),
+        (x, weight, bias.double()),
+    ):
+        out, _ = causal_conv1d(*given)
+        assert out.dtype == given[0].dtype
+        close(out.float(), causal_conv1d(x, weight, bias, impl="reference")[0])
+        with pytest.raises(ValueError, match="impl='cpu' cannot run causal_conv1d here"):
+            causal_conv1d(*given, impl=native_impl)
+
+
 def test_backward_twice_and_second_derivatives(impl: str) -> None:
     x = torch.randn(1, 6, 8, requires_grad=True)
     out, _ = causal_conv1d(x, torch.randn(8, 4), activation="silu", impl=impl)

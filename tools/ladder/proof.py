@@ -54,7 +54,7 @@ def climb(
 
     def passes(test: str) -> bool:
         if test in notes:
-            print(f"{test}: passed before")
+            print(f"{test}: passed before", flush=True)
             return True
         return _run(test) and notes.add(test)
 
