@@ -184,7 +184,9 @@ def _backward_out(*args: Any) -> None:
         assert x is not None and weight is not None
         value = causal_conv1d_reference(Inputs(x, weight, bias, state, inputs.starts), silu)
         asked = [t for t in (x, weight, bias, state) if t is not None]
-        grads = iter(torch.autograd.grad(value, asked, grad_out.to(value.dtype)))
+        up = grad_out.to(value.dtype)
+        found = torch.autograd.grad(value, asked, up, allow_unused=True, materialize_grads=True)
+    grads = iter(found)
     grad_x.copy_(next(grads))
     grad_weight = next(grads)
     if parts.numel():
