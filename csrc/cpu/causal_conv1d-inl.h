@@ -10,69 +10,18 @@
 
 #include "cpu/causal_conv1d.h"
 #include "cpu/math-inl.h"
+#include "cpu/numbers-inl.h"
 
 namespace pd::PD_NAMESPACE {
 namespace {
 
-// Numbers of one dtype at `p`: a vector from the i-th, or of the n that are left.
-struct ConvF32 {
-  static constexpr int64_t kSize = 4;
-  static PD_INLINE V Get(const char* p, int64_t i) {
-    return Load(reinterpret_cast<const float*>(p) + i);
-  }
-  static PD_INLINE void Put(V a, char* p, int64_t i) { Store(a, reinterpret_cast<float*>(p) + i); }
-};
-struct ConvBf16 {
-  static constexpr int64_t kSize = 2;
-  static PD_INLINE V Get(const char* p, int64_t i) {
-    return LoadBf16(reinterpret_cast<const uint16_t*>(p) + i);
-  }
-  static PD_INLINE void Put(V a, char* p, int64_t i) {
-    StoreBf16(a, reinterpret_cast<uint16_t*>(p) + i);
-  }
-};
-struct ConvF16 {
-  static constexpr int64_t kSize = 2;
-  static PD_INLINE V Get(const char* p, int64_t i) {
-    return LoadF16(reinterpret_cast<const uint16_t*>(p) + i);
-  }
-  static PD_INLINE void Put(V a, char* p, int64_t i) {
-    StoreF16(a, reinterpret_cast<uint16_t*>(p) + i);
-  }
-};
-
-template <class E>
-PD_INLINE V Take(const char* p, int64_t i, int64_t n) {
-  if (n - i >= kLanes) return E::Get(p, i);
-  alignas(64) char few[kLanes * E::kSize] = {};
-  std::memcpy(few, p + i * E::kSize, static_cast<size_t>((n - i) * E::kSize));
-  return E::Get(few, 0);
-}
-template <class E>
-PD_INLINE void Give(V a, char* p, int64_t i, int64_t n) {
-  if (n - i >= kLanes) return E::Put(a, p, i);
-  alignas(64) char few[kLanes * E::kSize];
-  E::Put(a, few, 0);
-  std::memcpy(p + i * E::kSize, few, static_cast<size_t>((n - i) * E::kSize));
-}
-
 // `n` numbers from the first-th as fp32.
-template <class E>
-inline void Widen(const char* p, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    Give<ConvF32>(Take<E>(p, i, n), reinterpret_cast<char*>(out), i, n);
-  }
-}
 inline void Widen(const Numbers& x, int64_t first, int64_t n, float* out) {
-  const char* p = static_cast<const char*>(x.data) + first * ElementSize(x.dtype);
-  switch (x.dtype) {
-    case DType::kF32:
-      return Widen<ConvF32>(p, n, out);
-    case DType::kBf16:
-      return Widen<ConvBf16>(p, n, out);
-    case DType::kF16:
-      return Widen<ConvF16>(p, n, out);
-  }
+  WithNumbers(x.dtype, [&](auto type) {
+    using Type = decltype(type);
+    const auto p = static_cast<Pointer<Type>>(x.data) + first;
+    for (int64_t i = 0; i < n; i += kLanes) Put<F32>(Get<Type>(p, i, n), out, i, n);
+  });
 }
 
 // sigmoid(x) and 1 - sigmoid(x), each with all its digits.
@@ -83,12 +32,6 @@ PD_INLINE void Gates(V x, V& gate, V& rest) {
   rest = Select(negative, below, above);
 }
 
-// The last W tokens up to one, `step` bytes apart.
-struct Window {
-  const char* tokens;
-  int64_t step;
-};
-
 // Memory of a thread: rows of kConvChannels numbers.
 struct Room {
   explicit Room(int64_t w)
@@ -96,7 +39,7 @@ struct Room {
         taps(floats.get()),
         slopes(taps + (w + 1) * kConvChannels),
         sums(slopes + w * kConvChannels),
-        window(reinterpret_cast<char*>(sums + (w + 1) * kConvChannels)) {}
+        window(sums + (w + 1) * kConvChannels) {}
 
   // The taps and the bias of the `n` channels from the first-th, and zeros behind them.
   void LoadTaps(const ConvArgs& a, int64_t first, int64_t n) const {
@@ -115,27 +58,36 @@ struct Room {
   float* taps;    // W rows, and one of the bias
   float* slopes;  // d loss / d pre of W tokens, that of t in row t mod W
   float* sums;    // of the weight's gradient, W rows, and the bias's
-  char* window;   // W tokens
+  void* window;   // W tokens
+};
+
+// The last W tokens up to one, `step` numbers apart.
+template <class Type>
+struct Window {
+  Pointer<Type> tokens;
+  int64_t step;
 };
 
 // Tokens of one sequence, in a block of `n` channels from the first-th.
-template <class E>
+template <class Type>
 class Piece {
+  using T = typename Type::T;
+
  public:
   Piece(const ConvArgs& a, const Room& room, int64_t sequence, int64_t first, int64_t n)
       : a_(a), room_(room), sequence_(sequence), start_(a.starts[sequence]), first_(first), n_(n) {}
 
   void Forward(int64_t begin, int64_t end) const {
     for (int64_t t = begin; t < end; ++t) {
-      const Window window = WindowAt(t);
-      char* out = Row(a_.out, t);
+      const Window<Type> window = WindowAt(t);
+      T* out = Row(a_.out, t);
       for (int64_t i = 0; i < n_; i += kLanes) {
         V pre = Pre(window, i), gate, rest;
         if (a_.silu) {
           Gates(pre, gate, rest);
           pre = pre * gate;
         }
-        Give<E>(pre, out, i, n_);
+        Put<Type>(pre, out, i, n_);
       }
     }
   }
@@ -147,7 +99,7 @@ class Piece {
     for (int64_t t = begin; t < end + w - 1; ++t) {
       float* slope = room_.slopes + t % w * kConvChannels;
       if (t < stop) {
-        const Window window = WindowAt(t);
+        const Window<Type> window = WindowAt(t);
         Slope(t, window, slope);
         if (sums && t < end) Add(window, slope);
       } else {
@@ -157,59 +109,58 @@ class Piece {
       if (s >= begin) {
         Pull(t, Row(a_.grad_x, s));
       } else if (begin == start_ && a_.grad_state != nullptr) {
-        Pull(t, static_cast<char*>(a_.grad_state) + Earlier(s));
+        Pull(t, static_cast<T*>(a_.grad_state) + Earlier(s));
       }
     }
   }
 
  private:
-  PD_INLINE const char* Row(const Logits& x, int64_t t) const {
-    return static_cast<const char*>(x.data) + (t * x.stride + first_) * E::kSize;
+  PD_INLINE Pointer<Type> Row(const Logits& x, int64_t t) const {
+    return static_cast<Pointer<Type>>(x.data) + t * x.stride + first_;
   }
-  PD_INLINE char* Row(void* x, int64_t t) const {
-    return static_cast<char*>(x) + (t * a_.x.width + first_) * E::kSize;
+  PD_INLINE T* Row(void* x, int64_t t) const {
+    return static_cast<T*>(x) + t * a_.x.width + first_;
   }
   // Where the state has the token at t, before the sequence.
   PD_INLINE int64_t Earlier(int64_t t) const {
-    return ((sequence_ * (a_.width - 1) + t - start_ + a_.width - 1) * a_.x.width + first_) *
-           E::kSize;
+    return (sequence_ * (a_.width - 1) + t - start_ + a_.width - 1) * a_.x.width + first_;
   }
 
   // The tokens up to t; put together where some of them are not of the sequence.
-  Window WindowAt(int64_t t) const {
+  Window<Type> WindowAt(int64_t t) const {
     const int64_t first = t - a_.width + 1;
-    if (first >= start_) return {Row(a_.x, first), a_.x.stride * E::kSize};
-    const auto bytes = static_cast<size_t>(n_ * E::kSize);
-    constexpr int64_t kStep = kConvChannels * E::kSize;
+    if (first >= start_) return {Row(a_.x, first), a_.x.stride};
+    const auto bytes = static_cast<size_t>(n_) * sizeof(T);
+    T* const window = static_cast<T*>(room_.window);
     for (int64_t j = 0; j < a_.width; ++j) {
-      char* to = room_.window + j * kStep;
+      T* to = window + j * kConvChannels;
       if (first + j >= start_) {
         std::memcpy(to, Row(a_.x, first + j), bytes);
       } else if (a_.state != nullptr) {
-        std::memcpy(to, static_cast<const char*>(a_.state) + Earlier(first + j), bytes);
+        std::memcpy(to, static_cast<Pointer<Type>>(a_.state) + Earlier(first + j), bytes);
       } else {
         std::memset(to, 0, bytes);
       }
     }
-    return {room_.window, kStep};
+    return {window, kConvChannels};
   }
 
-  PD_INLINE V Pre(const Window& window, int64_t i) const {
+  PD_INLINE V Pre(const Window<Type>& window, int64_t i) const {
     const int64_t w = a_.width;
     const float* taps = room_.taps + i;
     V total = Load(taps + w * kConvChannels);
     for (int64_t j = 0; j < w; ++j) {
-      const V x = Take<E>(window.tokens + j * window.step, i, n_);
+      const V x = Get<Type>(window.tokens + j * window.step, i, n_);
       total = Fma(Load(taps + j * kConvChannels), x, total);
     }
     return total;
   }
 
   // d loss / d pre at t.
-  void Slope(int64_t t, const Window& window, float* slope) const {
-    const char* grad = Row(a_.grad_out, t);
+  void Slope(int64_t t, const Window<Type>& window, float* slope) const {
+    const auto grad = Row(a_.grad_out, t);
     for (int64_t i = 0; i < n_; i += kLanes) {
-      V up = Take<E>(grad, i, n_);
+      V up = Get<Type>(grad, i, n_);
       if (a_.silu) {
         V gate, rest;
         const V pre = Pre(window, i);
@@ -220,20 +171,20 @@ class Piece {
     }
   }
 
-  void Add(const Window& window, const float* slope) const {
+  void Add(const Window<Type>& window, const float* slope) const {
     const int64_t w = a_.width;
     for (int64_t j = 0; j <= w; ++j) {
-      const char* x = window.tokens + j * window.step;
+      const auto x = window.tokens + j * window.step;
       float* sum = room_.sums + j * kConvChannels;
       for (int64_t i = 0; i < n_; i += kLanes) {
         const V up = Load(slope + i);
-        Store(j == w ? Load(sum + i) + up : Fma(up, Take<E>(x, i, n_), Load(sum + i)), sum + i);
+        Store(j == w ? Load(sum + i) + up : Fma(up, Get<Type>(x, i, n_), Load(sum + i)), sum + i);
       }
     }
   }
 
   // The gradient of the token W - 1 before t, which tap j meets at t - j.
-  void Pull(int64_t t, char* out) const {
+  void Pull(int64_t t, T* out) const {
     const int64_t w = a_.width, last = t % w;
     for (int64_t i = 0; i < n_; i += kLanes) {
       V total = Set(0.0f);
@@ -242,7 +193,7 @@ class Piece {
         total = Fma(Load(room_.taps + j * kConvChannels + i),
                     Load(room_.slopes + at * kConvChannels + i), total);
       }
-      Give<E>(total, out, i, n_);
+      Put<Type>(total, out, i, n_);
     }
   }
 
@@ -265,24 +216,24 @@ inline void Pieces(const ConvArgs& a, int64_t unit, const F& f) {
   }
 }
 
-template <class E>
+template <class Type>
 inline void ForwardUnit(const ConvArgs& a, int64_t unit, const Room& room) {
   const int64_t channel = unit % conv_blocks(a) * kConvChannels;
   const int64_t n = std::min(kConvChannels, a.x.width - channel);
   room.LoadTaps(a, channel, n);
   Pieces(a, unit, [&](int64_t sequence, int64_t begin, int64_t end) {
-    Piece<E>(a, room, sequence, channel, n).Forward(begin, end);
+    Piece<Type>(a, room, sequence, channel, n).Forward(begin, end);
   });
 }
 
-template <class E>
+template <class Type>
 inline void BackwardUnit(const ConvArgs& a, int64_t unit, const Room& room) {
   const int64_t channel = unit % conv_blocks(a) * kConvChannels, w = a.width;
   const int64_t n = std::min(kConvChannels, a.x.width - channel);
   room.LoadTaps(a, channel, n);
   std::memset(room.sums, 0, static_cast<size_t>((w + 1) * kConvChannels) * sizeof(float));
   Pieces(a, unit, [&](int64_t sequence, int64_t begin, int64_t end) {
-    Piece<E>(a, room, sequence, channel, n).Backward(begin, end, a.parts != nullptr);
+    Piece<Type>(a, room, sequence, channel, n).Backward(begin, end, a.parts != nullptr);
   });
   if (a.parts == nullptr) return;
   float* parts = a.parts + unit / conv_blocks(a) * (w + 1) * a.x.width + channel;
@@ -292,38 +243,28 @@ inline void BackwardUnit(const ConvArgs& a, int64_t unit, const Room& room) {
   }
 }
 
-template <class E, bool kForward>
+template <bool kForward>
 inline void Units(const ConvArgs& a, int64_t begin, int64_t end) {
   const Room room(a.width);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if constexpr (kForward) {
-      ForwardUnit<E>(a, unit, room);
-    } else {
-      BackwardUnit<E>(a, unit, room);
+  WithNumbers(a.x.dtype, [&](auto type) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      if constexpr (kForward) {
+        ForwardUnit<decltype(type)>(a, unit, room);
+      } else {
+        BackwardUnit<decltype(type)>(a, unit, room);
+      }
     }
-  }
-}
-
-template <bool kForward>
-inline void UnitsOfAnyKind(const ConvArgs& a, int64_t begin, int64_t end) {
-  switch (a.x.dtype) {
-    case DType::kF32:
-      return Units<ConvF32, kForward>(a, begin, end);
-    case DType::kBf16:
-      return Units<ConvBf16, kForward>(a, begin, end);
-    case DType::kF16:
-      return Units<ConvF16, kForward>(a, begin, end);
-  }
+  });
 }
 
 }  // namespace
 
 inline void causal_conv1d_forward(const ConvArgs& a, int64_t begin, int64_t end) {
-  UnitsOfAnyKind<true>(a, begin, end);
+  Units<true>(a, begin, end);
 }
 
 inline void causal_conv1d_backward(const ConvArgs& a, int64_t begin, int64_t end) {
-  UnitsOfAnyKind<false>(a, begin, end);
+  Units<false>(a, begin, end);
 }
 
 }  // namespace pd::PD_NAMESPACE

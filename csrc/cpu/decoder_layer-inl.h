@@ -8,55 +8,12 @@
 #include "cpu/decoder_layer.h"
 #include "cpu/gemm_pack-inl.h"
 #include "cpu/math-inl.h"
+#include "cpu/numbers-inl.h"
 
 namespace pd::PD_NAMESPACE {
 namespace {
 
 constexpr int64_t Most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Calls f with how numbers of `dtype` are read.
-template <class F>
-PD_INLINE void WithNumbers(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kF32:
-      return f(F32{});
-    case DType::kBf16:
-      return f(Bf16{});
-    case DType::kF16:
-      return f(F16{});
-  }
-}
-
-template <class Type>
-using Pointer = const typename Type::T*;
-
-// The numbers [i, i + kLanes) of n, 0 behind the last.
-template <class Type>
-PD_INLINE V Get(Pointer<Type> x, int64_t i, int64_t n) {
-  if (i + kLanes <= n) return Type::Along(x + i);
-  typename Type::T last[kLanes] = {};
-  std::memcpy(last, x + i, static_cast<size_t>(n - i) * sizeof(*last));
-  return Type::Along(last);
-}
-
-template <class Type>
-PD_INLINE void PutAll(V a, typename Type::T* x) {
-  if constexpr (std::is_same_v<Type, F32>) {
-    Store(a, x);
-  } else if constexpr (std::is_same_v<Type, Bf16>) {
-    StoreBf16(a, x);
-  } else {
-    StoreF16(a, x);
-  }
-}
-
-template <class Type>
-PD_INLINE void Put(V a, typename Type::T* x, int64_t i, int64_t n) {
-  if (i + kLanes <= n) return PutAll<Type>(a, x + i);
-  typename Type::T last[kLanes];
-  PutAll<Type>(a, last);
-  std::memcpy(x + i, last, static_cast<size_t>(n - i) * sizeof(*last));
-}
 
 // 1 / sqrt(mean(x^2) + eps)
 template <class Type>

@@ -8,7 +8,7 @@
 #endif
 
 #include "cpu/gemm.h"
-#include "cpu/vec-inl.h"
+#include "cpu/numbers-inl.h"
 
 namespace pd::PD_NAMESPACE {
 namespace {
@@ -42,58 +42,8 @@ PD_INLINE V AddProducts(V a, V b, V c) {
   return Fma(a, b, c);
 }
 
-// How numbers of a dtype become steps of the depth, which are fp32 numbers or pairs of bf16:
-//   Along   kLanes steps of one line, whose numbers lie one after the other
-//   Across  one step of kLanes lines, whose numbers lie side by side, `next` from one to the next
-//   One     one step of one line; of a pair the second may not be `there`
-// and, for products that widen in place, half of 2 kLanes numbers, for bf16 every other one.
-struct F32 {
-  using T = float;
-  static constexpr int kStep = 1;      // numbers a step
-  static constexpr bool kAsIs = true;  // a step is packed as it lies
-  static PD_INLINE V Along(const T* p) { return Load(p); }
-  static PD_INLINE V Across(const T* p, int64_t) { return Load(p); }
-  static PD_INLINE float One(const T* p, int64_t, bool) { return *p; }
-  template <int kHalf>
-  static PD_INLINE V Half(const T* p) {
-    return Load(p + kHalf * kLanes);
-  }
-};
-struct Bf16 {
-  using T = uint16_t;
-  static constexpr int kStep = 1;
-  static constexpr bool kAsIs = false;
-  static PD_INLINE V Along(const T* p) { return LoadBf16(p); }
-  static PD_INLINE V Across(const T* p, int64_t) { return LoadBf16(p); }
-  static PD_INLINE float One(const T* p, int64_t, bool) {  // without a detour through memory
-    const uint32_t bits = uint32_t(*p) << 16;
-    float wide_bits;
-    std::memcpy(&wide_bits, &bits, sizeof(bits));
-    return wide_bits;
-  }
-  template <int kHalf>
-  static PD_INLINE V Half(const T* p) {
-    return kHalf ? SecondBf16(LoadPairs(p)) : FirstBf16(LoadPairs(p));
-  }
-};
-struct F16 {
-  using T = uint16_t;
-  static constexpr int kStep = 1;
-  static constexpr bool kAsIs = false;
-  static PD_INLINE V Along(const T* p) { return LoadF16(p); }
-  static PD_INLINE V Across(const T* p, int64_t) { return LoadF16(p); }
-  static PD_INLINE float One(const T* p, int64_t, bool) {
-    T alone[kLanes] = {*p};
-    float wide[kLanes];
-    Store(LoadF16(alone), wide);
-    return wide[0];
-  }
-  template <int kHalf>
-  static PD_INLINE V Half(const T* p) {
-    return LoadF16(p + kHalf * kLanes);
-  }
-};
 #if PD_TARGET >= PD_TARGET_AVX512_BF16
+// Steps of the depth that are pairs of bf16; those of one number are in numbers-inl.h.
 struct Bf16Pairs {
   using T = uint16_t;
   static constexpr int kStep = 2;

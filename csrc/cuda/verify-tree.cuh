@@ -284,7 +284,7 @@ class Tree : Request<S> {
 
   __device__ void finish(int32_t row, int32_t accepted) {
     const Slot& s = slots_[row];
-    bool left = s.rest > 0.0;  // of a row without a failed child it is 0
+    bool left = s.rest > 0.0;  // all children have failed, or there was none and it is 0
     if (left && s.rest < 1e-3 && !this->pointed_ && !s.exact) {
       this->refine(row);
       left = s.rest > 0.0;

@@ -220,7 +220,7 @@ def _convolve(inputs: Inputs, silu: bool, backend: str) -> Tensor:
     given = [t for t in inputs if t is not None]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     if not wanted and forward_ad._current_level < 0 and all(map(_rows.values_readable, given)):
-        return _forward(*inputs, silu, backend)  # for a token, a Function costs more than the rest
+        return _forward(inputs, silu, backend)  # for a token, a Function costs more than the rest
     function: type[torch.autograd.Function] = _ConvJvp
     if torch.compiler.is_compiling():
         if forward_ad._current_level >= 0:
@@ -233,18 +233,9 @@ def _convolve(inputs: Inputs, silu: bool, backend: str) -> Tensor:
     return out
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor | None,
-    starts: Tensor,
-    silu: bool,
-    backend: str,
-) -> Tensor:
-    out = _memory.empty_like(x)
-    kernel = _registry.overload("causal_conv1d_fwd", backend)
-    kernel(x, weight, bias, state, starts, silu, out)
+def _forward(inputs: Inputs, silu: bool, backend: str) -> Tensor:
+    out = _memory.empty_like(inputs.x)
+    _registry.overload("causal_conv1d_fwd", backend)(*inputs, silu, out)
     return out
 
 
@@ -262,7 +253,7 @@ class _Conv(torch.autograd.Function):
         silu: bool,
         backend: str,
     ) -> Tensor:
-        return _forward(x, weight, bias, state, starts, silu, backend)
+        return _forward(Inputs(x, weight, bias, state, starts), silu, backend)
 
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], output: Tensor) -> None:

@@ -67,7 +67,8 @@ def test_notes_that_cannot_be_read_are_none(text: str, tmp_path: Path) -> None:
     path = tmp_path / "passed.json"
     path.write_text(text)
     notes = proof.Notes(path, "1")
-    assert "first" not in notes and notes.add("first")
+    assert "first" not in notes
+    notes.add("first")
     assert "first" in proof.Notes(path, "1") and "first" not in proof.Notes(path, "2")
 
 

@@ -56,7 +56,9 @@ def climb(
         if test in notes:
             print(f"{test}: passed before", flush=True)
             return True
-        return _run(test) and notes.add(test)
+        if passed := _run(test):
+            notes.add(test)
+        return passed
 
     with ThreadPoolExecutor(2) as pool:
         passed = all(list(pool.map(passes, tests)))
@@ -84,15 +86,13 @@ class Notes:
     def __contains__(self, test: str) -> bool:
         return test in self._passed
 
-    def add(self, test: str) -> bool:
-        """True."""
+    def add(self, test: str) -> None:
         with self._lock:
             self._passed.append(test)
             self._path.parent.mkdir(exist_ok=True)
             new = self._path.with_suffix(".new")
             new.write_text(json.dumps({"sources": self._sources, "passed": self._passed}, indent=1))
             os.replace(new, self._path)
-        return True
 
 
 def everything() -> set[Path]:

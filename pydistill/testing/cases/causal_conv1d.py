@@ -33,7 +33,7 @@ TOLERANCES = {
 }
 
 
-def _case(
+def conv_case(
     name: str,
     batch: int,
     length: int,
@@ -93,30 +93,32 @@ def _table() -> list[Case]:
     cases = []
     for dtype in (FP32, BF16, FP16):
         cases += [
-            _case("plain", 2, 40, 96, dtype=dtype),
-            _case("linear", 2, 19, 64, silu=False, bias=False, dtype=dtype),
-            _case("odd", 2, 17, 37, 3, state=True, dtype=dtype),
-            _case("chunks", 1, 600, 33, state=True, dtype=dtype),
-            _case("blocks_of_channels", 2, 9, 1100, dtype=dtype),
-            _case("packed", 1, 530, 48, state=True, ends=(1, 1, 3, 250, 300, 530), dtype=dtype),
-            _case("token", 3, 1, 80, state=True, dtype=dtype),
-            _case("fewer_than_taps", 2, 2, 24, 7, state=True, dtype=dtype),
-            _case("strided", 2, 21, 50, strided=True, state=True, dtype=dtype),
-            _case("one_tap", 2, 5, 16, 1, state=True, dtype=dtype),
-            _case("saturated", 1, 30, 32, large=True, dtype=dtype),
+            conv_case("plain", 2, 40, 96, dtype=dtype),
+            conv_case("linear", 2, 19, 64, silu=False, bias=False, dtype=dtype),
+            conv_case("odd", 2, 17, 37, 3, state=True, dtype=dtype),
+            conv_case("chunks", 1, 600, 33, state=True, dtype=dtype),
+            conv_case("blocks_of_channels", 2, 9, 1100, dtype=dtype),
+            conv_case("packed", 1, 530, 48, state=True, ends=(1, 1, 3, 250, 300, 530), dtype=dtype),
+            conv_case("token", 3, 1, 80, state=True, dtype=dtype),
+            conv_case("fewer_than_taps", 2, 2, 24, 7, state=True, dtype=dtype),
+            conv_case("strided", 2, 21, 50, strided=True, state=True, dtype=dtype),
+            conv_case("one_tap", 2, 5, 16, 1, state=True, dtype=dtype),
+            conv_case("saturated", 1, 30, 32, large=True, dtype=dtype),
         ]  # fmt: skip
     cases += [
-        _case("mixed", 2, 33, 40, dtype=BF16, weight_dtype=FP32, state=True),
-        _case("one_channel", 1, 70, 1, 2),
-        _case("wide", 1, 60, 20, 31, state=True),
-        _case("packed_without_state", 1, 30, 20, ends=(0, 2, 7, 30)),
-        _case("ends_at_a_chunk", 1, 512, 20, ends=(256, 512), state=True),
-        _case("no_tokens", 2, 0, 20, state=True),
-        _case("no_rows", 0, 5, 20),
+        conv_case("mixed", 2, 33, 40, dtype=BF16, weight_dtype=FP32, state=True),
+        conv_case("one_channel", 1, 70, 1, 2),
+        conv_case("wide", 1, 60, 20, 31, state=True),
+        conv_case("packed_without_state", 1, 30, 20, ends=(0, 2, 7, 30)),
+        conv_case("ends_at_a_chunk", 1, 512, 20, ends=(256, 512), state=True),
+        conv_case("no_tokens", 2, 0, 20, state=True),
+        conv_case("no_rows", 0, 5, 20),
     ]
     for dtype in (FP32, BF16):
-        gate = _case("bench", 1, 300, 6144, dtype=dtype)
-        cases.append(_case("bench", 1, 2048, 6144, dtype=dtype, marks=("bench", "slow"), gate=gate))
+        gate = conv_case("bench", 1, 300, 6144, dtype=dtype)
+        cases.append(
+            conv_case("bench", 1, 2048, 6144, dtype=dtype, marks=("bench", "slow"), gate=gate)
+        )
     return cases
 
 
